@@ -1,0 +1,162 @@
+"""Every op × backend × case × dtype against the float64 reference, outputs and gradients."""
+
+import math
+import re
+import sys
+
+import pytest
+import torch
+
+import hdit_kernels
+from hdit_kernels import cases
+from hdit_kernels import op as machinery
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", cases.TESTED, ids=str)
+def test_every_backend_agrees_with_the_reference_in_float64(case, dtype, poisoned):
+    compared = 0
+    for device in DEVICES:
+        for backend in hdit_kernels.available_backends(case.op, device):
+            try:
+                errors = cases.compare(case, dtype, device, backend)
+            except hdit_kernels.BackendError as declined:
+                assert "does not take this call" in str(declined) and device == "cuda"
+                continue
+            compared += 1
+            wrong = {what: error for what, error in errors.items() if not error <= 1}
+            assert not wrong, f"{backend} on {device}, times the allowed error: {wrong}"
+    assert compared
+
+
+@pytest.mark.parametrize("case", [c for c in cases.TESTED if not re.search("empty|no |expanded", c.label)], ids=str)
+def test_gradcheck_in_float64(case):
+    """Gradients against finite differences, in place of trusting autograd twice."""
+    args, kwargs = case.arguments(torch.float64)
+    names = [*range(len(args)), *kwargs]
+    values = [*args, *kwargs.values()]
+    is_leaf = [isinstance(v, torch.Tensor) and v.is_floating_point() for v in values]
+    leaves = [v.detach().requires_grad_() for v, leaf in zip(values, is_leaf, strict=True) if leaf]
+
+    def function(*tensors):
+        given = iter(tensors)
+        filled = dict(
+            zip(names, (next(given) if leaf else v for v, leaf in zip(values, is_leaf, strict=True)), strict=True)
+        )
+        outputs = case.function(*(filled[i] for i in range(len(args))), **{n: filled[n] for n in kwargs})
+        return tuple(torch.where(o.isfinite(), o, 0.0) for o in machinery._tuple(outputs))
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", cases.TESTED, ids=str)
+def test_same_bits_again_and_with_other_thread_counts(case):
+    def bits():
+        return [t.clone() for t in cases.run(case, torch.float32).values()]
+
+    first, threads = bits(), torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            if hdit_kernels.available_backends(case.op)[0] != "reference" and case.op != "linear_geglu":
+                assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
+
+
+def test_the_reference_in_tiles_is_the_reference(monkeypatch):
+    """The same numbers whatever part of the grid is held at a time, forward and backward."""
+    page = sys.modules["hdit_kernels.neighborhood_attention"]
+    for case in (c for c in cases.TESTED if c.op.startswith("neighborhood_attention")):
+        monkeypatch.setattr(page, "TILE", 2**40)
+        whole = cases.run(case, torch.float64, backend="reference")
+        monkeypatch.setattr(page, "TILE", 1)
+        rows = cases.run(case, torch.float64, backend="reference")
+        args, kwargs = case.arguments(torch.float64)
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():  # where the plain reference serves
+            plain = machinery._tuple(case.function(*args, **kwargs))
+        for name, value in whole.items():
+            assert cases.error(rows[name], value, value, torch.float64) <= 1, (case, name)
+        for value, name in zip(plain, whole, strict=False):
+            assert cases.error(value, whole[name], whole[name], torch.float64) <= 1, (case, name)
+
+
+def test_kernels_leave_what_lies_around_their_buffers_alone(poisoned):
+    """Inputs inside larger NaN-filled buffers: nothing next to them is read into a result or written."""
+    for case in (c for c in cases.TESTED if c.op in ("geglu", "ada_rms_norm")):
+        (x, *others), kwargs = case.arguments(torch.float32)
+        if x.ndim < 2 or not x.numel():
+            continue
+        around = torch.full((x.shape[0] + 2, *x.shape[1:-1], x.shape[-1] + 8), float("nan"))
+        inside = around[1:-1, ..., 4:-4]
+        inside.copy_(x)
+        expected = case.function(x, *others, **kwargs)
+        got = case.function(inside, *others, **kwargs)
+        assert torch.equal(got, expected)
+        assert around[0].isnan().all() and around[-1].isnan().all() and around[..., :4].isnan().all()
+
+
+def test_masked_tokens_may_hold_nan_and_leave_no_trace():
+    case = next(c for c in cases.TESTED if c.label == "masked")
+    (q, k, v), kwargs = case.arguments(torch.float64)
+    hidden = ~kwargs["key_mask"][..., None, None]
+    spoilt = [t.masked_fill(hidden, math.nan).requires_grad_() for t in (k, v)]
+    expected = hdit_kernels.neighborhood_attention(q, k, v, **kwargs)
+    got = hdit_kernels.neighborhood_attention(q, *spoilt, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for gradient in torch.autograd.grad(got[0].square().sum(), spoilt):
+        assert gradient.masked_select(hidden).eq(0).all() and gradient.isfinite().all()
+
+
+def test_a_query_without_keys_gives_zeros_and_no_gradient():
+    case = next(c for c in cases.TESTED if c.label == "masked")
+    args, kwargs = case.arguments(torch.float64)
+    kwargs["key_mask"] = torch.ones_like(kwargs["key_mask"])
+    kwargs["key_mask"][:, :5, :5] = False  # windows are 3×3: the queries of the 4×4 corner see nothing
+    q, k, v = (t.requires_grad_() for t in args)
+    out, lse = hdit_kernels.neighborhood_attention(q, k, v, **kwargs)
+    corner = (slice(None), slice(0, 4), slice(0, 4))
+    assert out[corner].eq(0).all() and lse[corner].eq(-math.inf).all()
+    assert lse.isfinite().sum() == lse.numel() - lse[corner].numel()
+    for gradient in torch.autograd.grad(out.square().sum() + lse[lse.isfinite()].sum(), (q, k, v)):
+        assert gradient.isfinite().all() and gradient[corner].eq(0).all() and gradient.abs().sum() > 0
+
+
+def test_a_nan_reaches_exactly_the_queries_that_see_it():
+    q, k, v = (torch.randn(1, 9, 11, 1, 4) for _ in range(3))
+    for spoilt in (k, v):
+        clean = spoilt.clone()
+        spoilt[0, 4, 5, 0, 1] = math.nan
+        bad = hdit_kernels.neighborhood_attention(q, k, v, 3).isnan().any(-1)[0, :, :, 0]
+        assert bad[3:6, 4:7].all() and bad.sum() == 9
+        spoilt.copy_(clean)
+
+
+@pytest.mark.parametrize("sign", [1.0, 0.0, -1.0])
+def test_a_cosine_scale_of_any_sign_and_size_is_finite(sign):
+    case = next(c for c in cases.TESTED if c.label == "cosine, RoPE")
+    args, kwargs = case.arguments(torch.float32)
+    for size in (1e-3, 10.0, 200.0):
+        kwargs["cosine_scale"] = torch.full((2,), sign * size, requires_grad=True)
+        out, lse = hdit_kernels.neighborhood_attention(*args, **kwargs)
+        (gradient,) = torch.autograd.grad(out.sum() + lse.sum(), kwargs["cosine_scale"])
+        assert out.isfinite().all() and lse.isfinite().all() and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_a_scale_of_zero_is_not_the_default():
+    q, k, v = (torch.randn(1, 5, 5, 1, 4) for _ in range(3))
+    out = hdit_kernels.neighborhood_attention(q, k, v, 5, scale=0.0)
+    torch.testing.assert_close(out, v.mean((1, 2), keepdim=True).expand_as(out))
+
+
+def test_more_batches_and_heads_than_a_grid_dimension_takes():
+    """B·heads > 65 535, with every item different."""
+    q, k, v = (torch.randn(70_001, 2, 2, 1, 1) for _ in range(3))
+    out = hdit_kernels.neighborhood_attention(q, k, v, 2, scale=1.0)[:, :, :, 0, 0]
+    weights = torch.softmax((q.flatten(1)[:, :, None] * k.flatten(1)[:, None]).double(), -1)
+    exact = (weights @ v.flatten(1).double()[..., None]).reshape_as(out)
+    assert cases.error(out, exact, exact.float(), torch.float32) <= 4
