@@ -207,13 +207,13 @@ def timed() -> tuple[Case, ...]:
     for side in (32, 64, 128):
         grid = (1, side, side)
         options: dict[str, Any] = dict(cosine=True, rope=dim // 8, lse=False)
-        cases.append(attention_case(f"{side}²×{heads}×{dim}, k 7", grid, heads, dim, packed=True, **options))
-        cases.append(rope_case(f"{side}²×{heads}×{dim}", grid, heads, dim, dim // 8))
+        cases.append(attention_case(f"{side}x{side}x{heads}x{dim} k7", grid, heads, dim, packed=True, **options))
+        cases.append(rope_case(f"{side}x{side}x{heads}x{dim}", grid, heads, dim, dim // 8))
     for tokens, channels in (1, 256), (256, 768), (4096, 128), (65536, 128), (1024, 1024):
-        cases.append(geglu_case(f"{tokens}×2·{3 * channels}", 1, tokens, 6 * channels))
-        cases.append(norm_case(f"{tokens}×{channels}", (1, tokens, channels), (1, channels)))
+        cases.append(geglu_case(f"{tokens}x{6 * channels}", 1, tokens, 6 * channels))
+        cases.append(norm_case(f"{tokens}x{channels}", (1, tokens, channels), (1, channels)))
     for tokens, channels in (256, 768), (4096, 128):
-        label = f"{tokens}×{channels}→{3 * channels}"
+        label = f"{tokens}x{channels}"
         cases.append(linear_geglu_case(label, (1, tokens), channels, 3 * channels, False))
     return tuple(cases)
 
@@ -240,33 +240,48 @@ def error(got: Tensor, exact: Tensor, rounded: Tensor, dtype: torch.dtype) -> fl
     return 0.0 if off == 0 else off / allowed if allowed else math.inf
 
 
-def run(case: Case, dtype, device="cpu", backend=None, *, exact=False, seed=0) -> dict[str, Tensor]:
-    """Outputs and gradients of one call, by name; with `exact`, of the same values (rounded to dtype) in float64."""
+def run(case: Case, dtype, device="cpu", backend=None, *, plain=False, exact=False, seed=0) -> dict[str, Tensor]:
+    """Outputs and gradients of one call, by name.
+
+    plain: of the reference itself, differentiated by PyTorch, without any of our autograd; exact: that in float64, on
+    the same values (rounded to dtype).
+    """
     args, kwargs = case.arguments(dtype, device, seed)
-    leaves: dict[str, Tensor] = {}
-
-    def leaf(name, value):
+    widen = lambda t: t.double() if exact and t.is_floating_point() else t  # noqa: E731
+    values = {**{f"argument {i}": a for i, a in enumerate(args)}, **kwargs}
+    leaves = {}
+    for name, value in values.items():
         if isinstance(value, hdit_kernels.AxialRope):
-            return hdit_kernels.AxialRope(*(a.double() for a in value)) if exact else value
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value = (value.double() if exact else value).detach().requires_grad_()  # detached views keep their strides
-            leaves[name] = value
-        return value
+            values[name] = hdit_kernels.AxialRope(*map(widen, value))
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            leaves[name] = widen(value).detach()  # detached views keep their strides
 
-    args = tuple(leaf(f"argument {i}", a) for i, a in enumerate(args))
-    kwargs = {n: leaf(n, a) for n, a in kwargs.items()}
-    outputs = machinery._tuple(case.function(*args, **kwargs, backend=backend))
-    generator = torch.Generator().manual_seed(seed + 1)
-    dys = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype) for o in outputs]
-    pairs = [(o, dy.to(o.device, o.dtype)) for o, dy in zip(outputs, dys, strict=True)]
-    grads = machinery.vjp(pairs, list(leaves.values()))
+    def function(*tensors):
+        given = {**values, **dict(zip(leaves, tensors, strict=True))}
+        inputs = [given.pop(f"argument {i}") for i in range(len(args))]
+        return machinery._tuple(case.function(*inputs, **given, backend="reference" if plain or exact else backend))
+
+    def cotangents(outputs):
+        generator = torch.Generator().manual_seed(seed + 1)
+        dys = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype) for o in outputs]
+        return tuple(dy.to(o.device, o.dtype) for o, dy in zip(outputs, dys, strict=True))
+
+    if plain or exact:  # inside torch.func the reference is plain PyTorch
+        outputs, vjp = torch.func.vjp(function, *leaves.values())
+        grads = vjp(cotangents(outputs))
+    else:
+        tensors = [t.requires_grad_() for t in leaves.values()]
+        outputs = function(*tensors)
+        grads = machinery.vjp(list(zip(outputs, cotangents(outputs), strict=True)), tensors)
     results = {f"output {i}": o for i, o in enumerate(outputs)}
     return results | {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
 def compare(case: Case, dtype, device="cpu", backend=None, seed: int = 0) -> dict[str, float]:
-    """`error` of each output and gradient of `backend` against the float64 reference of the same values."""
-    exact = run(case, dtype, "cpu", "reference", exact=True, seed=seed)
-    rounded = run(case, dtype, "cpu", "reference", seed=seed)
+    """`error` of each output and gradient of `backend` against the float64 reference of the same values; infinite where
+    a shape or a dtype is not the reference's."""
+    exact = run(case, dtype, exact=True, seed=seed)
+    rounded = run(case, dtype, plain=True, seed=seed)
     got = run(case, dtype, device, backend, seed=seed)
-    return {name: error(got[name], exact[name], rounded[name], dtype) for name in exact}
+    alike = {n: (got[n].shape, got[n].dtype) == (rounded[n].shape, rounded[n].dtype) for n in exact}
+    return {n: error(got[n], exact[n], rounded[n], dtype) if alike[n] else math.inf for n in exact}

@@ -59,6 +59,12 @@ class BackendError(ValueError, RuntimeError):
     """A backend was asked for by name that does not exist, is not present, or does not take this call."""
 
 
+def constant_under_compile(function):
+    """`torch.compiler.assume_constant_result`, without its import of torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 class use:
     """`with hdit_kernels.use("reference"): …` makes every op in the block take this backend, as `backend=` would.
 
@@ -411,7 +417,7 @@ class OnceDifferentiable(torch.autograd.Function):
         )
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _transforms() -> str | None:
     """What `torch.func` and forward-mode AD do around this call: None, or whether kernels may serve it ("kernels": at
     most one level of grad, no forward-mode AD) or not ("beyond kernels")."""
@@ -480,7 +486,7 @@ def _one(outputs: tuple):
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _present(name: str, device: str, requested: str | None) -> tuple[str, ...]:
     """The backends to try, best first; found once per op, device type and request; constant under torch.compile."""
     key = name, device, requested
@@ -501,7 +507,7 @@ def _present(name: str, device: str, requested: str | None) -> tuple[str, ...]:
 _present_cache: dict[tuple, tuple[str, ...]] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _warn_once(name: str, backend: str, reason: str) -> None:
     if (name, reason) not in _warned:
         _warned.add((name, reason))

@@ -6,6 +6,7 @@ its calls, so that a test also sees which route was taken.
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ EVERY_OP = pytest.mark.parametrize("name", CASES)
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
+    torch.manual_seed(0)
     torch._dynamo.reset()
 
 
@@ -127,6 +129,21 @@ def test_compile_fullgraph_forward_and_backward(name, route, backend):
         assert calls_of(name, route) <= set(route.calls)
 
 
+@EVERY_OP
+def test_compile_sees_through_the_reference_and_not_into_kernels(name, route):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    function, tensors = make(name)
+    with torch.no_grad():
+        torch.compile(function, fullgraph=True, backend=backend)(*tensors)
+    targets = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any("hdit" in target for target in targets) == bool(route)
+
+
 RESOLUTIONS = (8, 9), (12, 10), (14, 16)
 
 
@@ -199,12 +216,14 @@ def test_jvp(name, route):
     """Forward-mode AD against the transpose: ⟨gradient, direction⟩, in torch.func and with dual tensors."""
     function, tensors = make(name)
     directions = tuple(torch.randn_like(t) for t in tensors)
-    exact = sum((g * d).sum() for g, d in zip(reference_gradients(function, tensors), directions, strict=True))
-    close(jvp(function, tensors, directions)[1], exact)
+    products = [g * d for g, d in zip(reference_gradients(function, tensors), directions, strict=True)]
+    exact = sum(p.sum() for p in products)
+    allowed = 64 * torch.finfo(torch.float64).eps * sum(p.abs().sum() for p in products)
+    assert (jvp(function, tensors, directions)[1] - exact).abs() <= allowed
     forward_ad = torch.autograd.forward_ad
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(t, d) for t, d in zip(tensors, directions, strict=True)]
-        close(forward_ad.unpack_dual(function(*duals)).tangent, exact)
+        assert (forward_ad.unpack_dual(function(*duals)).tangent - exact).abs() <= allowed
 
 
 @EVERY_OP
@@ -278,6 +297,8 @@ def test_autocast_takes_mixed_dtypes_and_leaves_float64_alone(route):
 def test_meta_tensors_say_what_a_call_gives(name, dtype, stand_in):
     case = CASES[name]
     real = cases.run(case, dtype)
+    plain = cases.run(case, dtype, plain=True)
+    assert all((real[n].shape, real[n].dtype) == (t.shape, t.dtype) for n, t in plain.items())
     fake = cases.run(case, dtype, device="meta")
     for what, value in real.items():
         other = fake[what]
@@ -360,6 +381,16 @@ def test_selective_checkpointing_recomputes_the_same(name, route):
     close(torch.autograd.grad(out, leaves), reference_gradients(function, tensors))
 
 
+def test_an_unused_output_costs_no_gradient(stand_in):
+    """The gradient of an lse that nobody reads reaches the kernel as None, not as a tensor of zeros."""
+    args, kwargs = CASES["neighborhood_attention"].arguments(torch.float32)
+    out, lse = hdit_kernels.neighborhood_attention(args[0].requires_grad_(), *args[1:], **kwargs)
+    out.sum().backward(retain_graph=True)
+    assert [g is None for g in stand_in.grad_outputs] == [False, True]
+    lse.sum().backward()
+    assert [g is None for g in stand_in.grad_outputs] == [True, False]
+
+
 def test_packed_gradient_is_one_contiguous_tensor(route):
     args, kwargs = CASES["neighborhood_attention_qkvpacked"].arguments(torch.float32)
     qkv = args[0].requires_grad_()
@@ -422,15 +453,17 @@ def test_explain_names_the_taker_and_why_not_the_others(stand_in):
         hdit_kernels.explain("geglu")
 
 
-def test_a_declining_kernel_hands_over_with_one_warning(stand_in, monkeypatch, recwarn):
+def test_a_declining_kernel_hands_over_with_one_warning(stand_in, monkeypatch):
     op = machinery.find("geglu")
     monkeypatch.setitem(op.__dict__, "declines", lambda backend, x: "rows of eight" if x.shape[-1] == 8 else None)
     monkeypatch.setattr(machinery, "_warned", set())
     x = torch.randn(3, 8)
     expected = hdit_kernels.geglu(x, backend="reference")
-    for _ in range(3):
-        assert torch.equal(hdit_kernels.geglu(x), expected)
-    assert stand_in.calls == [] and sum("rows of eight" in str(w.message) for w in recwarn) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(hdit_kernels.geglu(x), expected)
+    assert stand_in.calls == [] and sum("rows of eight" in str(w.message) for w in caught) == 1
     assert "cpu: rows of eight" in hdit_kernels.explain("geglu", x)
     with pytest.raises(hdit_kernels.BackendError, match="rows of eight"):
         hdit_kernels.geglu(x, backend="cpu")

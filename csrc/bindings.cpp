@@ -1,0 +1,285 @@
+// hdit_kernels._C: the kernels as Python functions over addresses, sizes and strides. The callers own the tensors and have
+// checked them; what is checked here keeps a mistake of theirs from becoming a wild read.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ada_rms_norm.h"
+#include "geglu.h"
+
+namespace py = pybind11;
+using namespace hdit;
+
+namespace {
+
+using Address = uintptr_t;
+
+const std::vector<std::pair<const char*, DType>> kDtypes = {{"float32", DType::float32},
+                                                            {"bfloat16", DType::bfloat16},
+                                                            {"float16", DType::float16},
+                                                            {"float64", DType::float64}};
+
+// ---- the instruction sets of this module and this CPU ------------------------------------------------------------------
+struct InstructionSet {
+  const char* name;
+  decltype(&geglu_forward<Baseline>) geglu_forward;
+  decltype(&geglu_backward<Baseline>) geglu_backward;
+  decltype(&ada_rms_norm_forward<Baseline>) ada_rms_norm_forward;
+  decltype(&ada_rms_norm_backward<Baseline>) ada_rms_norm_backward;
+};
+
+template <class I>
+InstructionSet instruction_set(const char* name) {
+  return {name, geglu_forward<I>, geglu_backward<I>, ada_rms_norm_forward<I>, ada_rms_norm_backward<I>};
+}
+
+#if defined(__x86_64__)
+#define CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+std::vector<std::string> cpu_features() {
+  const std::vector<std::pair<const char*, bool>> known = {
+      {"avx2", CPU_HAS("avx2")},         {"fma", CPU_HAS("fma")},           {"f16c", CPU_HAS("f16c")},
+      {"avx512f", CPU_HAS("avx512f")},   {"avx512bw", CPU_HAS("avx512bw")}, {"avx512dq", CPU_HAS("avx512dq")},
+      {"avx512vl", CPU_HAS("avx512vl")}, {"avx512cd", CPU_HAS("avx512cd")}, {"avx512_bf16", CPU_HAS("avx512bf16")},
+  };
+  std::vector<std::string> found;
+  for (const auto& [name, present] : known)
+    if (present) found.emplace_back(name);
+  return found;
+}
+#else
+std::vector<std::string> cpu_features() { return {}; }
+#endif
+
+// Worst first.
+std::vector<InstructionSet> usable_instruction_sets() {
+#if defined(__x86_64__)
+  std::vector<InstructionSet> usable = {instruction_set<Baseline>("SSE2")};
+  if (CPU_HAS("avx2") && CPU_HAS("fma") && CPU_HAS("f16c") && CPU_HAS("bmi") && CPU_HAS("bmi2")) {
+    usable.push_back(instruction_set<Avx2>("AVX2"));
+    if (CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512cd") && CPU_HAS("avx512dq") && CPU_HAS("avx512vl"))
+      usable.push_back(instruction_set<Avx512>("AVX-512"));
+  }
+  return usable;
+#elif defined(__ARM_NEON)
+  return {instruction_set<Baseline>("NEON")};
+#else
+  return {instruction_set<Baseline>("scalar")};
+#endif
+}
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> usable = usable_instruction_sets();
+  return usable;
+}
+
+const InstructionSet* in_use = &instruction_sets().back();
+
+void set_instruction_set(const std::string& name) {
+  std::string names;
+  for (const InstructionSet& set : instruction_sets()) {
+    if (name == set.name) {
+      in_use = &set;
+      return;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(set.name);
+  }
+  throw py::value_error("set_instruction_set: name is '" + name + "', but this CPU and this build have: " + names);
+}
+
+// ---- checks --------------------------------------------------------------------------------------------------------------
+DType dtype_of(const char* function, int code) {
+  std::string codes;
+  for (const auto& [name, dtype] : kDtypes) {
+    if (int(dtype) == code) return dtype;
+    codes += (codes.empty() ? "" : ", ") + std::to_string(int(dtype)) + " (" + name + ")";
+  }
+  throw py::value_error(std::string(function) + ": dtype is " + std::to_string(code) + ", but must be one of " + codes);
+}
+
+using Named = std::vector<std::pair<const char*, int64_t>>;
+
+void check_not_negative(const char* function, const Named& values) {
+  for (const auto& [name, value] : values)
+    if (value < 0)
+      throw py::value_error(std::string(function) + ": " + name + " is " + std::to_string(value) + ", but must be at least 0");
+}
+
+void check_not_null(const char* function, const std::vector<std::pair<const char*, Address>>& pointers) {
+  for (const auto& [name, address] : pointers)
+    if (address == 0)
+      throw py::value_error(std::string(function) + ": " + name + " is 0, but must be the address of a tensor with elements");
+}
+
+void check_threads(const char* function, int threads) {
+  if (threads < 1)
+    throw py::value_error(std::string(function) + ": threads is " + std::to_string(threads) + ", but must be at least 1");
+}
+
+// ---- arguments, checked and packed: the same for every device --------------------------------------------------------------
+GegluForward geglu_forward_args(Address x, Address y, int64_t rows, int64_t n, int64_t x_row_stride, int dtype) {
+  const char* function = "geglu_forward";
+  check_not_negative(function, {{"rows", rows}, {"n", n}, {"x_row_stride", x_row_stride}});
+  if (rows > 0 && n > 0) check_not_null(function, {{"x", x}, {"y", y}});
+  return {(const void*)x, (void*)y, rows, n, x_row_stride, dtype_of(function, dtype)};
+}
+
+GegluBackward geglu_backward_args(Address x, Address dy, Address dx, int64_t rows, int64_t n, int64_t x_row_stride,
+                                  int64_t dy_row_stride, int dtype) {
+  const char* function = "geglu_backward";
+  check_not_negative(function,
+                     {{"rows", rows}, {"n", n}, {"x_row_stride", x_row_stride}, {"dy_row_stride", dy_row_stride}});
+  if (rows > 0 && n > 0) check_not_null(function, {{"x", x}, {"dy", dy}, {"dx", dx}});
+  return {(const void*)x, (const void*)dy, (void*)dx,     rows,
+          n,              x_row_stride,    dy_row_stride, dtype_of(function, dtype)};
+}
+
+AdaRmsNormForward ada_rms_norm_forward_args(Address x, Address scale, Address y, int64_t batch, int64_t tokens,
+                                            int64_t channels, int64_t x_batch_stride, int64_t x_token_stride,
+                                            int64_t scale_batch_stride, double eps, int dtype) {
+  const char* function = "ada_rms_norm_forward";
+  check_not_negative(function, {{"batch", batch},
+                                {"tokens", tokens},
+                                {"channels", channels},
+                                {"x_batch_stride", x_batch_stride},
+                                {"x_token_stride", x_token_stride},
+                                {"scale_batch_stride", scale_batch_stride}});
+  if (batch > 0 && tokens > 0 && channels > 0) check_not_null(function, {{"x", x}, {"scale", scale}, {"y", y}});
+  return {(const void*)x, (const void*)scale, (void*)y,           batch, tokens,
+          channels,       x_batch_stride,     x_token_stride,     scale_batch_stride,
+          eps,            dtype_of(function, dtype)};
+}
+
+AdaRmsNormBackward ada_rms_norm_backward_args(Address x, Address scale, Address dy, Address dx, Address dscale,
+                                              int64_t batch, int64_t tokens, int64_t channels, int64_t x_batch_stride,
+                                              int64_t x_token_stride, int64_t dy_batch_stride, int64_t dy_token_stride,
+                                              int64_t scale_batch_stride, double eps, int dtype) {
+  const char* function = "ada_rms_norm_backward";
+  check_not_negative(function, {{"batch", batch},
+                                {"tokens", tokens},
+                                {"channels", channels},
+                                {"x_batch_stride", x_batch_stride},
+                                {"x_token_stride", x_token_stride},
+                                {"dy_batch_stride", dy_batch_stride},
+                                {"dy_token_stride", dy_token_stride},
+                                {"scale_batch_stride", scale_batch_stride}});
+  if (batch > 0 && tokens > 0 && channels > 0) check_not_null(function, {{"x", x}, {"scale", scale}, {"dy", dy}});
+  return {(const void*)x, (const void*)scale, (const void*)dy, (void*)dx,
+          (void*)dscale,  batch,              tokens,          channels,
+          x_batch_stride, x_token_stride,     dy_batch_stride, dy_token_stride,
+          scale_batch_stride, eps, dtype_of(function, dtype)};
+}
+
+// ---- the module ------------------------------------------------------------------------------------------------------------
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+// The arguments of each function, before `threads` on the CPU and (`workspace`,) `device`, `stream` on CUDA.
+#define GEGLU_FORWARD "x"_a, "y"_a, "rows"_a, "n"_a, "x_row_stride"_a, "dtype"_a
+#define GEGLU_BACKWARD "x"_a, "dy"_a, "dx"_a, "rows"_a, "n"_a, "x_row_stride"_a, "dy_row_stride"_a, "dtype"_a
+#define ADA_RMS_NORM_FORWARD                                                                                            \
+  "x"_a, "scale"_a, "y"_a, "batch"_a, "tokens"_a, "channels"_a, "x_batch_stride"_a, "x_token_stride"_a,                 \
+      "scale_batch_stride"_a, "eps"_a, "dtype"_a
+#define ADA_RMS_NORM_BACKWARD                                                                                           \
+  "x"_a, "scale"_a, "dy"_a, "dx"_a, "dscale"_a, "batch"_a, "tokens"_a, "channels"_a, "x_batch_stride"_a,                \
+      "x_token_stride"_a, "dy_batch_stride"_a, "dy_token_stride"_a, "scale_batch_stride"_a, "eps"_a, "dtype"_a
+
+void bind_cpu(py::module_ m) {
+  using namespace py::literals;
+  m.def("features", [] {
+    std::vector<std::string> all = cpu_features();
+    all.insert(all.begin(), in_use->name);
+    return all;
+  }, "The instruction set in use, then what this CPU has of the features that kernels may use.");
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : instruction_sets()) names.emplace_back(set.name);
+    return names;
+  }, "Instruction sets that this build and this CPU have, the best one last.");
+  m.def("instruction_set", [] { return std::string(in_use->name); }, "The instruction set in use; the best one at import.");
+  m.def("set_instruction_set", &set_instruction_set, "name"_a, "Use another instruction set from now on (for tests).");
+
+  m.def("geglu_forward", [](Address x, Address y, int64_t rows, int64_t n, int64_t x_row_stride, int dtype, int threads) {
+    check_threads("geglu_forward", threads);
+    in_use->geglu_forward(geglu_forward_args(x, y, rows, n, x_row_stride, dtype), threads);
+  }, GEGLU_FORWARD, "threads"_a, Unlocked());
+  m.def("geglu_backward", [](Address x, Address dy, Address dx, int64_t rows, int64_t n, int64_t x_row_stride,
+                             int64_t dy_row_stride, int dtype, int threads) {
+    check_threads("geglu_backward", threads);
+    in_use->geglu_backward(geglu_backward_args(x, dy, dx, rows, n, x_row_stride, dy_row_stride, dtype), threads);
+  }, GEGLU_BACKWARD, "threads"_a, Unlocked());
+  m.def("ada_rms_norm_forward", [](Address x, Address scale, Address y, int64_t batch, int64_t tokens, int64_t channels,
+                                   int64_t x_batch_stride, int64_t x_token_stride, int64_t scale_batch_stride, double eps,
+                                   int dtype, int threads) {
+    check_threads("ada_rms_norm_forward", threads);
+    in_use->ada_rms_norm_forward(ada_rms_norm_forward_args(x, scale, y, batch, tokens, channels, x_batch_stride,
+                                                           x_token_stride, scale_batch_stride, eps, dtype), threads);
+  }, ADA_RMS_NORM_FORWARD, "threads"_a, Unlocked());
+  m.def("ada_rms_norm_backward", [](Address x, Address scale, Address dy, Address dx, Address dscale, int64_t batch,
+                                    int64_t tokens, int64_t channels, int64_t x_batch_stride, int64_t x_token_stride,
+                                    int64_t dy_batch_stride, int64_t dy_token_stride, int64_t scale_batch_stride,
+                                    double eps, int dtype, int threads) {
+    check_threads("ada_rms_norm_backward", threads);
+    in_use->ada_rms_norm_backward(
+        ada_rms_norm_backward_args(x, scale, dy, dx, dscale, batch, tokens, channels, x_batch_stride, x_token_stride,
+                                   dy_batch_stride, dy_token_stride, scale_batch_stride, eps, dtype), threads);
+  }, ADA_RMS_NORM_BACKWARD, "threads"_a, Unlocked());
+}
+
+#ifdef HDIT_CUDA_VERSION
+void bind_cuda(py::module_ m) {
+  using namespace py::literals;
+  m.def("geglu_forward", [](Address x, Address y, int64_t rows, int64_t n, int64_t x_row_stride, int dtype, int device,
+                            Address stream) {
+    geglu_forward_cuda(geglu_forward_args(x, y, rows, n, x_row_stride, dtype), device, (void*)stream);
+  }, GEGLU_FORWARD, "device"_a, "stream"_a, Unlocked());
+  m.def("geglu_backward", [](Address x, Address dy, Address dx, int64_t rows, int64_t n, int64_t x_row_stride,
+                             int64_t dy_row_stride, int dtype, int device, Address stream) {
+    geglu_backward_cuda(geglu_backward_args(x, dy, dx, rows, n, x_row_stride, dy_row_stride, dtype), device,
+                        (void*)stream);
+  }, GEGLU_BACKWARD, "device"_a, "stream"_a, Unlocked());
+  m.def("ada_rms_norm_forward", [](Address x, Address scale, Address y, int64_t batch, int64_t tokens, int64_t channels,
+                                   int64_t x_batch_stride, int64_t x_token_stride, int64_t scale_batch_stride, double eps,
+                                   int dtype, int device, Address stream) {
+    ada_rms_norm_forward_cuda(ada_rms_norm_forward_args(x, scale, y, batch, tokens, channels, x_batch_stride,
+                                                        x_token_stride, scale_batch_stride, eps, dtype),
+                              device, (void*)stream);
+  }, ADA_RMS_NORM_FORWARD, "device"_a, "stream"_a, Unlocked());
+  m.def("ada_rms_norm_backward", [](Address x, Address scale, Address dy, Address dx, Address dscale, int64_t batch,
+                                    int64_t tokens, int64_t channels, int64_t x_batch_stride, int64_t x_token_stride,
+                                    int64_t dy_batch_stride, int64_t dy_token_stride, int64_t scale_batch_stride,
+                                    double eps, int dtype, Address workspace, int device, Address stream) {
+    ada_rms_norm_backward_cuda(
+        ada_rms_norm_backward_args(x, scale, dy, dx, dscale, batch, tokens, channels, x_batch_stride, x_token_stride,
+                                   dy_batch_stride, dy_token_stride, scale_batch_stride, eps, dtype),
+        (void*)workspace, device, (void*)stream);
+  }, ADA_RMS_NORM_BACKWARD, "workspace"_a, "device"_a, "stream"_a, Unlocked());
+  m.def("ada_rms_norm_backward_workspace", [](int64_t batch, int64_t tokens, int64_t channels, int dtype) {
+    const char* function = "ada_rms_norm_backward_workspace";
+    check_not_negative(function, {{"batch", batch}, {"tokens", tokens}, {"channels", channels}});
+    return ada_rms_norm_backward_workspace_cuda(batch, tokens, channels, dtype_of(function, dtype));
+  }, "batch"_a, "tokens"_a, "channels"_a, "dtype"_a, "Bytes of device memory that ada_rms_norm_backward wants as workspace.");
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels over raw addresses (ints); sizes and strides count elements. See csrc/*.h for shapes.";
+  py::dict dtypes, build;
+  for (const auto& [name, dtype] : kDtypes) dtypes[name] = int(dtype);
+  m.attr("dtypes") = dtypes;
+  build["compiler"] = HDIT_COMPILER;
+  bind_cpu(m.def_submodule("cpu", "Kernels for CPU tensors; `threads` is at most that many."));
+#ifdef HDIT_CUDA_VERSION
+  build["cuda"] = HDIT_CUDA_VERSION;
+  build["cuda_architectures"] = HDIT_CUDA_ARCHITECTURES;
+  bind_cuda(m.def_submodule("cuda", "Kernels for CUDA tensors, enqueued on a cudaStream_t (int) of `device`."));
+#else
+  build["cuda"] = py::none();
+  build["cuda_architectures"] = "";
+#endif
+  m.attr("build_info") = build;
+}

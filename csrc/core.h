@@ -1,0 +1,295 @@
+// What every CPU kernel stands on: element types, one portable SIMD vector type, exp, parallel loops.
+//
+// A *_cpu.cpp file is written once over this header and compiled once per instruction set (CMakeLists.txt); bindings.cpp
+// chooses at run time. Everything with a body therefore lives in an anonymous namespace: were a function compiled for
+// AVX-512 visible to the linker, it could replace its twin in the baseline and crash an older CPU. For the same reason
+// these files use no templates of the C++ standard library.
+#pragma once
+
+#include <cstdint>
+
+namespace hdit {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Instruction sets: a CPU kernel is a function template over one of these, instantiated by the file compiled for it.
+struct Baseline {};  // 128-bit vectors: SSE2 on x86-64, NEON on ARM
+struct Avx2 {};      // x86-64-v3: AVX2, FMA, F16C
+struct Avx512 {};    // x86-64-v4: AVX-512 F, BW, CD, DQ, VL
+
+}  // namespace hdit
+
+#ifndef __CUDACC__  // CUDA files want the types above, and take the rest from core.cuh
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace hdit {
+namespace {
+
+#if defined(__AVX512F__)
+using Native = Avx512;
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+using Native = Avx2;
+constexpr int kVectorBytes = 32;
+#else
+using Native = Baseline;
+constexpr int kVectorBytes = 16;
+#endif
+
+// ---- vectors ---------------------------------------------------------------------------------------------------------
+// GCC and Clang vector extensions: arithmetic, comparisons and `mask ? a : b` work lane by lane.
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t IntVector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UintVector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t ShortVector __attribute__((vector_size(kVectorBytes / 2)));
+
+// Arithmetic is in float32, for float64 elements in float64.
+template <class T>
+struct ComputeOf {
+  using Scalar = float;
+  using Vector = FloatVector;
+};
+template <>
+struct ComputeOf<double> {
+  using Scalar = double;
+  using Vector = DoubleVector;
+};
+template <class T>
+using Scalar = typename ComputeOf<T>::Scalar;
+template <class T>
+using Vector = typename ComputeOf<T>::Vector;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(Scalar<T>));
+
+inline FloatVector to_float(const float* p) {
+  FloatVector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline DoubleVector to_float(const double* p) {
+  DoubleVector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Each 16-bit lane in 32 bits, and back; GCC 12 makes several instructions of __builtin_convertvector here.
+inline UintVector widen(ShortVector bits) {
+#if defined(__AVX512F__)
+  return (UintVector)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (UintVector)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, UintVector);
+#endif
+}
+
+inline ShortVector narrow(UintVector bits) {
+#if defined(__AVX512F__)
+  return (ShortVector)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, ShortVector);
+#endif
+}
+
+inline FloatVector to_float(const BFloat16* p) {
+  ShortVector bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (FloatVector)(widen(bits) << 16);
+}
+
+inline FloatVector to_float(const Float16* p) {
+  ShortVector bits;
+  std::memcpy(&bits, p, sizeof bits);
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+  return (FloatVector)_mm256_cvtph_ps((__m128i)bits);
+#else
+  const UintVector wide = widen(bits);
+  const UintVector magnitude = wide & 0x7fff;
+  // The exponents of the formats differ by 112; the product also makes float16's subnormal numbers normal.
+  const FloatVector finite = (FloatVector)(magnitude << 13) * 0x1p112f;
+  const UintVector special = (magnitude << 13) | 0x7f800000u;  // infinity or NaN
+  return (FloatVector)(((magnitude >= 0x7c00) ? special : (UintVector)finite) | ((wide & 0x8000) << 16));
+#endif
+}
+
+inline void from_float(float* p, FloatVector v) { std::memcpy(p, &v, sizeof v); }
+inline void from_float(double* p, DoubleVector v) { std::memcpy(p, &v, sizeof v); }
+
+inline void from_float(BFloat16* p, FloatVector v) {
+  // Round to nearest even in integers: the bfloat16 instructions of AVX-512 would flush subnormal numbers.
+  const UintVector bits = (UintVector)v;
+  const UintVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const ShortVector result = narrow((v == v) ? rounded : UintVector{} + 0x7fc0);
+  std::memcpy(p, &result, sizeof result);
+}
+
+inline void from_float(Float16* p, FloatVector v) {
+#if defined(__AVX512F__)
+  const ShortVector result = (ShortVector)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  const ShortVector result = (ShortVector)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const UintVector bits = (UintVector)v;
+  const UintVector magnitude = bits & 0x7fffffff;
+  // Subnormal results: adding 0.5 lets the adder round at the right bit. Normal ones: shift the exponent and round to even.
+  const UintVector subnormal = (UintVector)((FloatVector)magnitude + 0.5f) - 0x3f000000u;
+  const UintVector normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  UintVector half = (magnitude < 0x38800000u) ? subnormal : normal;
+  half = (magnitude >= 0x47800000u) ? (magnitude & 0) + 0x7c00 : half;  // 65536 and above
+  half = (v == v) ? half : ((magnitude >> 13) & 0x1ff) + 0x7e00;
+  const ShortVector result = narrow(half | ((bits >> 16) & 0x8000));
+#endif
+  std::memcpy(p, &result, sizeof result);
+}
+
+// A loop over a row calls its body with Full{} for whole vectors, then with Partial{count} for what is left. Missing lanes
+// are read as zeros and not written.
+struct Full {};
+struct Partial {
+  int64_t count;
+};
+
+template <class T>
+inline Vector<T> load(const T* p, Full) {
+  return to_float(p);
+}
+
+template <class T>
+inline Vector<T> load(const T* p, Partial tail) {
+  T lanes[kLanes<T>] = {};
+  std::memcpy(lanes, p, tail.count * sizeof(T));
+  return to_float(lanes);
+}
+
+template <class T>
+inline void store(T* p, Vector<T> v, Full) {
+  from_float(p, v);
+}
+
+template <class T>
+inline void store(T* p, Vector<T> v, Partial tail) {
+  T lanes[kLanes<T>];
+  from_float(lanes, v);
+  std::memcpy(p, lanes, tail.count * sizeof(T));
+}
+
+template <class T, class Body>
+inline void for_each_vector(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) body(i, Full{});
+  if (i < n) body(i, Partial{n - i});
+}
+
+// The sum of all lanes, in a fixed order.
+template <class V>
+inline auto sum_lanes(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  decltype(v[0] + v[0]) parts[lanes];
+  std::memcpy(parts, &v, sizeof v);
+  for (int width = lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+// exp(x) for -88.3 < x <= 88, within 2 units in the last place: x = n·ln 2 + r, a polynomial in r, and 2ⁿ by its exponent
+// bits. Results below 2⁻¹²⁶ become 0.
+inline FloatVector exp(FloatVector x) {
+  const FloatVector rounder = FloatVector{} + 12582912.0f;  // 1.5·2²³: adding it rounds to an integer
+  const FloatVector shifted = x * 1.44269504f + rounder;
+  const FloatVector n = shifted - rounder;
+  const FloatVector r = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts, the first of 9 bits
+  FloatVector p = FloatVector{} + 1.3814467e-3f;
+  p = p * r + 8.3687808e-3f;
+  p = p * r + 4.1668393e-2f;
+  p = p * r + 1.6666520e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVector exponent = ((IntVector)shifted - (IntVector)rounder + 127) << 23;
+  return p * (FloatVector)exponent;
+}
+
+// ---- threads ---------------------------------------------------------------------------------------------------------
+// A parallel region costs some µs: each thread gets at least this many elements, 5 to 20 µs of these kernels.
+constexpr int64_t kElementsPerThread = 32768;
+
+inline int useful_threads(int64_t elements, int threads) {
+  const int64_t useful = elements / kElementsPerThread;
+  return useful < 1 ? 1 : useful < threads ? int(useful) : threads;
+}
+
+// body(begin, end) over [0, count), one contiguous piece per thread. Without a parallel region for one thread: after a fork
+// OpenMP's pool is gone, and a process that asks for one thread must not wait for it.
+template <class Body>
+inline void parallel_for(int64_t count, int threads, Body body) {
+#if defined(_OPENMP)
+  if (threads > 1 && count > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
+      const int64_t begin = count / team * rank + (count % team) * rank / team;
+      const int64_t end = count / team * (rank + 1) + (count % team) * (rank + 1) / team;
+      if (begin < end) body(begin, end);
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  if (count > 0) body(int64_t(0), count);
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------------------
+// Uninitialised scratch memory that frees itself.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::malloc(count * sizeof(T)))) {
+    if (data_ == nullptr && count > 0) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// body(T{}) with the element type of `dtype`.
+template <class Body>
+inline void with_element_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::float32:
+      return body(float{});
+    case DType::bfloat16:
+      return body(BFloat16{});
+    case DType::float16:
+      return body(Float16{});
+    case DType::float64:
+      return body(double{});
+  }
+}
+
+}  // namespace
+}  // namespace hdit
+
+#endif  // __CUDACC__

@@ -1,0 +1,123 @@
+#include "core.cuh"
+#include "geglu.h"
+
+namespace hdit {
+namespace {
+
+// Φ(g)
+__device__ inline float normal_cdf(float g) {
+  const float squared = g * g;
+  const float inside = __fdividef(normal_numerator(g, squared), normal_denominator(squared)) + 0.5f;
+  return fabsf(g) > kNormalEnd ? (g < 0.0f ? 0.0f : 1.0f) : inside;  // NaN is inside
+}
+__device__ inline double normal_cdf(double g) { return 0.5 * erfc(g * -0.70710678118654752440); }
+
+// φ(g)
+__device__ inline float normal_density(float g) { return __expf(-0.5f * g * g) * kInverseSqrt2Pi; }
+__device__ inline double normal_density(double g) { return 0.39894228040143267794 * exp(-0.5 * g * g); }
+
+// A block covers blockDim.y rows with blockDim.x threads each; blockIdx.y shares out the columns of long rows. N elements
+// an access: 16 bytes where every row allows it, else one element.
+template <class T, int N>
+__global__ void __launch_bounds__(kBlock) geglu_forward_kernel(GegluForward args) {
+  const T* x = static_cast<const T*>(args.x);
+  T* y = static_cast<T*>(args.y);
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < args.rows;
+       row += int64_t(gridDim.x) * blockDim.y) {
+    for (int64_t column = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * N; column < args.n;
+         column += int64_t(gridDim.y) * blockDim.x * N) {
+      const T* value_at = x + row * args.x_row_stride + column;
+      const auto value = load<N>(value_at), gate = load<N>(value_at + args.n);
+      Pack<T, N> out;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const auto g = to_compute(gate.lane[i]);
+        from_compute(out.lane[i], to_compute(value.lane[i]) * (g * normal_cdf(g)));
+      }
+      store<N>(y + row * args.n + column, out);
+    }
+  }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kBlock) geglu_backward_kernel(GegluBackward args) {
+  const T* x = static_cast<const T*>(args.x);
+  const T* dy = static_cast<const T*>(args.dy);
+  T* dx = static_cast<T*>(args.dx);
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < args.rows;
+       row += int64_t(gridDim.x) * blockDim.y) {
+    for (int64_t column = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * N; column < args.n;
+         column += int64_t(gridDim.y) * blockDim.x * N) {
+      const T* value_at = x + row * args.x_row_stride + column;
+      const auto value = load<N>(value_at), gate = load<N>(value_at + args.n);
+      const auto gradient = load<N>(dy + row * args.dy_row_stride + column);
+      Pack<T, N> dvalue, dgate;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const auto g = to_compute(gate.lane[i]), d = to_compute(gradient.lane[i]);
+        const auto cdf = normal_cdf(g);
+        from_compute(dvalue.lane[i], d * (g * cdf));
+        from_compute(dgate.lane[i], d * to_compute(value.lane[i]) * (cdf + g * normal_density(g)));
+      }
+      store<N>(dx + row * 2 * args.n + column, dvalue);
+      store<N>(dx + row * 2 * args.n + args.n + column, dgate);
+    }
+  }
+}
+
+// Elements of an access. float64 has one: two at a time spill around the calls that its erfc and exp make.
+template <class T>
+constexpr int kAccess = sizeof(T) == sizeof(double) ? 1 : kWide<T>;
+
+struct Launch {
+  dim3 grid, block;
+};
+
+// `accesses` is the number of threads that a row can occupy.
+Launch launch_for(int64_t rows, int64_t accesses) {
+  // As many threads along a row as leave at most an eighth of them idle, and at least half a warp.
+  int along = power_of_two(accesses, 16);
+  while (along > 16 && ceil_div(accesses, along) * along > accesses + accesses / 8) along /= 2;
+  const int64_t pieces = ceil_div(accesses, int64_t(along) * 4);
+  return {dim3(grid_for(ceil_div(rows, kBlock / along)), unsigned(pieces < 65535 ? pieces : 65535)),
+          dim3(along, kBlock / along)};
+}
+
+std::string describe(const char* name, int64_t rows, int64_t n) {
+  return std::string(name) + " of x (" + std::to_string(rows) + ", " + std::to_string(2 * n) + ")";
+}
+
+}  // namespace
+
+void geglu_forward_cuda(const GegluForward& args, int device, void* stream) {
+  if (args.rows == 0 || args.n == 0) return;
+  const std::string call = describe("geglu_forward", args.rows, args.n);
+  const DeviceGuard guard(device, call);
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int N = kAccess<T>;
+    const bool wide = args.n % N == 0 && args.x_row_stride % N == 0 && aligned(args.x) && aligned(args.y);
+    const Launch launch = launch_for(args.rows, wide ? args.n / N : args.n);
+    const auto kernel = wide ? geglu_forward_kernel<T, N> : geglu_forward_kernel<T, 1>;
+    kernel<<<launch.grid, launch.block, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  });
+  check(cudaGetLastError(), call);
+}
+
+void geglu_backward_cuda(const GegluBackward& args, int device, void* stream) {
+  if (args.rows == 0 || args.n == 0) return;
+  const std::string call = describe("geglu_backward", args.rows, args.n);
+  const DeviceGuard guard(device, call);
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int N = kAccess<T>;
+    const bool wide = args.n % N == 0 && args.x_row_stride % N == 0 && args.dy_row_stride % N == 0 && aligned(args.x) &&
+                      aligned(args.dy) && aligned(args.dx);
+    const Launch launch = launch_for(args.rows, wide ? args.n / N : args.n);
+    const auto kernel = wide ? geglu_backward_kernel<T, N> : geglu_backward_kernel<T, 1>;
+    kernel<<<launch.grid, launch.block, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  });
+  check(cudaGetLastError(), call);
+}
+
+}  // namespace hdit
