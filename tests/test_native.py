@@ -84,11 +84,12 @@ def assert_close(got, exact, in_dtype, largest_term=0.0):
     assert error <= bound, f"off by {error:.3e}, allowed {bound:.3e}"  # NaN fails as well
 
 
-def strided(shape, dtype, layout, generator):
+def strided(shape, dtype, layout, generator, size=1.0):
     """Random values with a contiguous last axis: rows side by side, rows with a gap, or one row for all (stride 0)."""
     gap = 3 if layout == "gaps" else 0
     rows = 1 if layout == "repeated" else shape[-2]
-    whole = torch.randn(*shape[:-2], rows, shape[-1] + gap, generator=generator, dtype=torch.float64).to(dtype)
+    whole = size * torch.randn(*shape[:-2], rows, shape[-1] + gap, generator=generator, dtype=torch.float64)
+    whole = whole.to(dtype)
     return whole[..., : shape[-1]].expand(*shape)
 
 
@@ -126,10 +127,7 @@ def gradient(function, x, dy):
 def test_geglu_matches_float64(instruction_set, dtype, layout):
     generator = torch.Generator().manual_seed(0)
     for rows, n in GEGLU_SHAPES:
-        x = 3 * strided((rows, 2 * n), dtype, "contiguous", generator)
-        x = x if layout == "contiguous" else 3 * strided((rows, 2 * n), torch.float64, layout, generator).to(dtype)
-        if layout == "repeated":
-            x = x[:1].expand(rows, 2 * n)
+        x = strided((rows, 2 * n), dtype, layout, generator, size=3.0)
         dy = strided((rows, n), dtype, layout, generator)
         assert_close(geglu_forward(x), geglu(x.double()), geglu(x))
         assert_close(geglu_backward(x, dy), gradient(geglu, x.double(), dy.double()), gradient(geglu, x, dy))
@@ -156,6 +154,16 @@ def test_geglu_of_special_numbers(instruction_set, dtype):
     x = torch.cat([value, gate], -1).contiguous()
     got, expected = geglu_forward(x).double(), geglu(x).double()
     torch.testing.assert_close(got, expected, rtol=4 * info.eps, atol=float(info.tiny), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_are_rounded_to_nearest_even(instruction_set, dtype):
+    """A gate above 6 makes y = value·gate, exact in float32: what is stored must be PyTorch's rounding of it, to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(4000, generator=generator) * torch.exp2(torch.randint(-30, 5, (4000,), generator=generator))
+    x = torch.stack([value, 6 + 3 * torch.rand(4000, generator=generator)], -1).to(dtype)
+    expected = (x[:, 0].float() * x[:, 1].float()).to(dtype)
+    assert torch.equal(geglu_forward(x)[:, 0].view(torch.int16), expected.view(torch.int16))
 
 
 # ---- AdaRMSNorm --------------------------------------------------------------------------------------------
