@@ -228,6 +228,21 @@ inline FloatVector exp(FloatVector x) {
   return p * (FloatVector)exponent;
 }
 
+// table[index] lane by lane, for 0 <= index < 16. Two or three instructions where a gather from memory takes dozens.
+inline FloatVector lookup(const float (&table)[16], IntVector index) {
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), (__m256i)index);
+  return (FloatVector)_mm256_blendv_ps(low, high, (__m256)(index << 28));  // bit 3 becomes the sign
+#else
+  FloatVector result;
+  for (int i = 0; i < kVectorBytes / int(sizeof(float)); ++i) result[i] = table[index[i]];
+  return result;
+#endif
+}
+
 // ---- threads ---------------------------------------------------------------------------------------------------------
 // A parallel region costs some µs: each thread gets at least this many elements, 5 to 20 µs of these kernels.
 constexpr int64_t kElementsPerThread = 32768;

@@ -4,16 +4,28 @@
 namespace hdit {
 namespace {
 
-// Φ(g)
+// Φ(g) from Φ(−a) = exp(−a²/2)·t·P(t), t = 1/(1 + 0.34375·a): P is a minimax fit of relative error 2e-8 for 0 <= a <= 13.3.
+// From there on Φ(−a) is below the smallest normal number and taken for 0. The tail keeps its digits, where (1 + erf)/2 would
+// cancel.
 __device__ inline float normal_cdf(float g) {
-  const float squared = g * g;
-  const float inside = __fdividef(normal_numerator(g, squared), normal_denominator(squared)) + 0.5f;
-  return fabsf(g) > kNormalEnd ? (g < 0.0f ? 0.0f : 1.0f) : inside;  // NaN is inside
+  constexpr float kTailEnd = 13.28f;
+  const float a = fabsf(g);
+  const float t = __fdividef(1.0f, 1.0f + 0.34375f * a);
+  float p = t * -0.02814844250679016f + 0.14540769159793854f;
+  p = p * t + -0.2747459411621094f;
+  p = p * t + 0.19417200982570648f;
+  p = p * t + -0.041402190923690796f;
+  p = p * t + 0.11348625272512436f;
+  p = p * t + 0.11654485017061234f;
+  p = p * t + 0.1375674456357956f;
+  p = p * t + 0.13711832463741302f;
+  const float tail = a >= kTailEnd ? 0.0f : __expf(-0.5f * a * a) * t * p;  // NaN is not the end
+  return g < 0.0f ? tail : 1.0f - tail;
 }
 __device__ inline double normal_cdf(double g) { return 0.5 * erfc(g * -0.70710678118654752440); }
 
 // φ(g)
-__device__ inline float normal_density(float g) { return __expf(-0.5f * g * g) * kInverseSqrt2Pi; }
+__device__ inline float normal_density(float g) { return __expf(-0.5f * g * g) * 0.3989422804f; }
 __device__ inline double normal_density(double g) { return 0.39894228040143267794 * exp(-0.5 * g * g); }
 
 // A block covers blockDim.y rows with blockDim.x threads each; blockIdx.y shares out the columns of long rows. N elements

@@ -33,6 +33,6 @@ __all__ = [
 
 def __getattr__(name: str):
     """The submodules that need more than the ops do come with their first use."""
-    if name in ("cases", "info"):
+    if name in ("cases", "info", "natten"):
         return importlib.import_module(f"hdit_kernels.{name}")
     raise AttributeError(f"module 'hdit_kernels' has no attribute {name!r}")

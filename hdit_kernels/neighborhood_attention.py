@@ -61,7 +61,7 @@ def neighborhood_attention(
     Raises:
         TypeError, ValueError: a sentence that names the argument, its value and what is accepted.
     """
-    q, k, v, additional_keys, additional_values = _autocast(q, k, v, additional_keys, additional_values)
+    q, k, v, additional_keys, additional_values = autocast(q, k, v, additional_keys, additional_values)
     op.check_tokens("q", q)
     op.check_tokens("k", k, like=q)
     op.check_tokens("v", v, like=q)
@@ -95,7 +95,7 @@ def neighborhood_attention_qkvpacked(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`neighborhood_attention(*qkv.unbind(3), …)` for qkv: (B, H, W, 3, heads, dim), as one projection writes it: q, k
     and v are read in place, and their gradient is written as one tensor like qkv."""
-    qkv, additional_keys, additional_values = _autocast(qkv, additional_keys, additional_values)
+    qkv, additional_keys, additional_values = autocast(qkv, additional_keys, additional_values)
     if not isinstance(qkv, Tensor) or qkv.ndim != 6 or qkv.shape[3] != 3:
         got = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
         raise ValueError(f"qkv must be a tensor of shape (B, H, W, 3, heads, dim); got {got}")
@@ -266,7 +266,7 @@ def reference_backward(grad_outputs, inputs, grads, params):
 # ---- what is accepted -----------------------------------------------------------------------------------------------
 
 
-def _autocast(*tensors):
+def autocast(*tensors):
     first = next((t for t in tensors if isinstance(t, Tensor)), None)
     dtype = None if first is None else op.autocast_dtype(first.device.type)
     if dtype is None:

@@ -104,7 +104,6 @@ def test_wheel_carries_both_packages_and_their_data(unpacked_wheel):
     assert set(required) == {"torch", "numpy", "einops", "safetensors", "tqdm", "tyro", "pillow"}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks ldd")
 def test_module_needs_neither_a_driver_nor_a_cuda_runtime(unpacked_wheel):
     (module,) = (unpacked_wheel / "hdit_kernels").glob("_C.*")
     listing = subprocess.run(["ldd", str(module)], capture_output=True, text=True, check=True).stdout

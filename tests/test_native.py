@@ -134,15 +134,16 @@ def test_geglu_matches_float64(instruction_set, dtype, layout):
 
 
 def test_gelu_is_accurate_over_the_whole_range(instruction_set):
-    """Φ(g) and the slope Φ(g) + g·φ(g) in float32, from one product with g or none, at every size of g."""
+    """Φ(g) and the slope Φ(g) + g·φ(g) in float32 at every size of g; the digits of Φ's tail too, down to g = −3."""
     gate = torch.cat([torch.linspace(-14, 14, 40001), torch.logspace(-30, 4, 2000), -torch.logspace(-30, 4, 2000)])
     x, exact = torch.stack([torch.ones_like(gate), gate], -1), gate.double()
     cdf = 0.5 * torch.special.erfc(-exact * math.sqrt(0.5))
-    assert (geglu_forward(x)[:, 0].double() / exact - cdf).abs().max() < 2.5e-7
     dvalue, dgate = geglu_backward(x, torch.ones_like(gate)[:, None]).double().unbind(-1)
-    assert (dvalue / exact - cdf).abs().max() < 2.5e-7
+    for got in (geglu_forward(x)[:, 0].double() / exact, dvalue / exact):
+        assert (got - cdf).abs().max() < 1.3e-7
+        assert ((got - cdf).abs() / cdf)[exact > -3].max() < 3.5e-7
     slope = cdf + exact * torch.exp(-0.5 * exact**2) / math.sqrt(2 * math.pi)
-    assert (dgate - slope).abs().max() < 3e-7
+    assert (dgate - slope).abs().max() < 1.5e-7
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,7 +159,7 @@ def test_geglu_of_special_numbers(instruction_set, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_results_are_rounded_to_nearest_even(instruction_set, dtype):
-    """A gate above 6 makes y = value·gate, exact in float32: what is stored must be PyTorch's rounding of it, to the bit."""
+    """A gate above 6 makes y = value·gate, exact in float32: stored must be PyTorch's rounding of it, to the bit."""
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(4000, generator=generator) * torch.exp2(torch.randint(-30, 5, (4000,), generator=generator))
     x = torch.stack([value, 6 + 3 * torch.rand(4000, generator=generator)], -1).to(dtype)
@@ -352,7 +353,9 @@ def test_unknown_instruction_set_lists_the_known_ones():
     assert _C.cpu.instruction_set() == INSTRUCTION_SETS[-1] == _C.cpu.features()[0]
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or _C.build_info["cuda"] is None, reason="wants a CUDA build and no GPU")
-def test_cuda_error_names_kernel_and_shape():
-    with pytest.raises(RuntimeError, match=r"geglu_forward of x \(3, 16\) failed: cudaError\w+ \(\d+\), "):
-        _C.cuda.geglu_forward(x=256, y=256, rows=3, n=8, x_row_stride=16, dtype=0, device=0, stream=0)
+def test_cuda_errors_name_kernel_and_shape():
+    """Of a device that no machine has; without a driver the sentence is the same with another error."""
+    assert hasattr(_C, "cuda") == (_C.build_info["cuda"] is not None)
+    for module in [_C.cuda] if hasattr(_C, "cuda") else []:
+        with pytest.raises(RuntimeError, match=r"geglu_forward of x \(3, 16\) failed: cudaError\w+ \(\d+\), "):
+            module.geglu_forward(x=256, y=256, rows=3, n=8, x_row_stride=16, dtype=0, device=9999, stream=0)
