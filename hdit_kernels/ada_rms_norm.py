@@ -39,15 +39,17 @@ def check(x, scale, eps) -> None:
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
         if tensor.dtype not in op.DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be (B, …, C) with C ≥ 1; got shape {tuple(x.shape)}")
-    per_item = scale.ndim == 2 and x.ndim >= 2 and scale.shape[0] == x.shape[0] and scale.shape[1] == x.shape[-1]
-    if not per_item and not (scale.ndim == 1 and scale.shape[0] == x.shape[-1]):
-        accepted = f"({x.shape[0]}, {x.shape[-1]}) or ({x.shape[-1]},)" if x.ndim > 1 else f"({x.shape[-1]},)"
-        raise ValueError(f"scale must be {accepted} for x of shape {tuple(x.shape)}; got {tuple(scale.shape)}")
+    shape, scales = x.shape, scale.shape
+    if x.ndim == 0 or shape[-1] == 0:
+        raise ValueError(f"x must be (B, …, C) with C ≥ 1; got shape {tuple(shape)}")
+    per_item = scale.ndim == 2 and x.ndim >= 2 and scales[0] == shape[0] and scales[1] == shape[-1]
+    if not per_item and not (scale.ndim == 1 and scales[0] == shape[-1]):
+        accepted = f"({shape[0]}, {shape[-1]}) or ({shape[-1]},)" if x.ndim > 1 else f"({shape[-1]},)"
+        raise ValueError(f"scale must be {accepted} for x of shape {tuple(shape)}; got {tuple(scales)}")
     if scale.device != x.device:
         raise ValueError(f"scale must be on x's device {x.device}; got {scale.device}")
-    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < math.inf:
+    number = type(eps) is float or (isinstance(eps, Real) and not isinstance(eps, bool))
+    if not number or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite number ≥ 0; got {eps!r}")
 
 
@@ -58,20 +60,22 @@ def allocate(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor]:
 def tokens(x: Tensor, scale: Tensor) -> Tensor:
     """x as (batch, tokens, C) with a contiguous last axis: a view if its strides allow one. Without a batch axis in
     scale, all leading axes are tokens."""
-    x = x.reshape(x.shape[0], -1, x.shape[-1]) if scale.ndim == 2 and x.numel() else x.reshape(1, -1, x.shape[-1])
+    if x.ndim != 3 or scale.ndim == 1 or not x.numel():
+        x = x.reshape(x.shape[0] if scale.ndim == 2 and x.numel() else 1, -1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def wide(scale: Tensor, x: Tensor) -> Tensor:
     """scale in the dtype the kernels compute in."""
-    return scale.to(torch.float64 if x.dtype is torch.float64 else torch.float32).contiguous()
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return scale if scale.dtype is dtype and scale.is_contiguous() else scale.to(dtype).contiguous()
 
 
 def forward(backend: str, inputs, outputs, params) -> None:
     x, scale = tokens(*inputs), wide(inputs[1], inputs[0])
     run = op.native(backend, "ada_rms_norm_forward")
     pointers = x.data_ptr(), scale.data_ptr(), outputs[0].data_ptr()
-    strides = x.stride(0), x.stride(1), scale.stride(0) if scale.ndim == 2 else 0
+    strides = *x.stride()[:2], scale.stride(0) if scale.ndim == 2 else 0
     run(*pointers, *x.shape, *strides, *params, op.native_dtype(x), *op.native_place(backend, x))
 
 
@@ -94,7 +98,7 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
         size = op.native(backend, "ada_rms_norm_backward_workspace")(*x.shape, op.native_dtype(x))
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         pointers.append(workspace.data_ptr())
-    strides = x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), scale.stride(0) if scale.ndim == 2 else 0
+    strides = *x.stride()[:2], *dy.stride()[:2], scale.stride(0) if scale.ndim == 2 else 0
     run(*pointers, *x.shape, *strides, *params, op.native_dtype(x), *op.native_place(backend, x))
     if target is not dscale:
         dscale.copy_(target)

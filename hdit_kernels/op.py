@@ -429,16 +429,23 @@ def _transforms() -> str | None:
     return "beyond kernels" if TransformType.Jvp in kinds or kinds.count(TransformType.Grad) > 1 else "kernels"
 
 
+_native: dict[tuple[str, str], Callable] = {}
+_native_dtypes = {d: extension.dtypes[str(d).removeprefix("torch.")] for d in DTYPES} if extension else {}
+
+
 # ---- for the pages ---------------------------------------------------------------------------------------------------
 
 
 def native(backend: str, name: str) -> Callable:
     """A function of the compiled extension: `_C.cpu.<name>` or `_C.cuda.<name>`."""
-    return getattr(getattr(extension, backend), name)
+    key = backend, name
+    if key not in _native:
+        _native[key] = getattr(getattr(extension, backend), name)
+    return _native[key]
 
 
 def native_dtype(x: Tensor) -> int:
-    return extension.dtypes[str(x.dtype).removeprefix("torch.")]
+    return _native_dtypes[x.dtype]
 
 
 def native_place(backend: str, x: Tensor) -> tuple[int, ...]:
