@@ -23,6 +23,7 @@ setup: .venv/installed
 # What a newcomer sees first: under 6 minutes on 2 cores after the setup. Pictures and tables land in runs/.
 reproduce: setup
 	$(RUN) -m hdit_kernels.info --check
+	mkdir -p runs
 	$(BIN)/hdit flops --csv runs/flops.csv
 	$(BIN)/hdit scaling --output runs/scaling --budget-minutes 2.5
 	$(RUN) -m pytest benchmarks --benchmark-only -q --results runs/benchmarks \
