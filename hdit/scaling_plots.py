@@ -149,7 +149,7 @@ def ratio(axes, finished: dict, beyond: int):
     if not common:
         return
     low, high = sorted((finished["hdit"][common[-1]], finished["dit"][common[-1]]))
-    if high < 1.5 * low:
+    if high < 3 * low:
         return
     axes.annotate("", (common[-1], high), (common[-1], low), arrowprops={"arrowstyle": "<->", "color": "0.35"})
     text = f"{high / low:,.{0 if high > 10 * low else 1}f}×"

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from hdit_kernels import op
+from hdit_kernels import extension, op
 
 
 def ada_rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
@@ -73,10 +73,10 @@ def wide(scale: Tensor, x: Tensor) -> Tensor:
 
 def forward(backend: str, inputs, outputs, params) -> None:
     x, scale = tokens(*inputs), wide(inputs[1], inputs[0])
-    run = op.native(backend, "ada_rms_norm_forward")
+    run = extension.function(backend, "ada_rms_norm_forward")
     pointers = x.data_ptr(), scale.data_ptr(), outputs[0].data_ptr()
     strides = *x.stride()[:2], scale.stride(0) if scale.ndim == 2 else 0
-    run(*pointers, *x.shape, *strides, *params, op.native_dtype(x), *op.native_place(backend, x))
+    run(*pointers, *x.shape, *strides, *params, extension.dtype(x), *extension.place(backend, x))
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
@@ -86,7 +86,7 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
         if dscale is not None:
             dscale.zero_()
         return
-    run = op.native(backend, "ada_rms_norm_backward")
+    run = extension.function(backend, "ada_rms_norm_backward")
     target = dscale if dscale is None or dscale.dtype is scale.dtype else torch.empty_like(scale)
     pointers = [
         x.data_ptr(),
@@ -94,12 +94,13 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
         dy.data_ptr(),
         *(0 if g is None else g.data_ptr() for g in (dx, target)),
     ]
+    place = extension.place(backend, x)
     if backend == "cuda":
-        size = op.native(backend, "ada_rms_norm_backward_workspace")(*x.shape, op.native_dtype(x))
+        size = extension.function(backend, "ada_rms_norm_backward_workspace")(*x.shape, extension.dtype(x))
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        pointers.append(workspace.data_ptr())
+        place = workspace.data_ptr(), *place
     strides = *x.stride()[:2], *dy.stride()[:2], scale.stride(0) if scale.ndim == 2 else 0
-    run(*pointers, *x.shape, *strides, *params, op.native_dtype(x), *op.native_place(backend, x))
+    run(*pointers, *x.shape, *strides, *params, extension.dtype(x), *place)
     if target is not dscale:
         dscale.copy_(target)
 
@@ -117,5 +118,5 @@ ADA_RMS_NORM = op.Op(
     kernels=("cpu", "cuda"),
     forward=forward,
     backward=backward,
-    declines=lambda backend, x, scale, eps: op.declines_float64(backend, x),
+    declines=lambda backend, x, scale, eps: extension.declines_float64(backend, x),
 )

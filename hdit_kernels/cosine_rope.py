@@ -81,12 +81,28 @@ def check(q, k, cosine_scale, rope) -> None:
     if not isinstance(cosine_scale, Tensor) or rope is None:
         missing = "rope" if isinstance(cosine_scale, Tensor) else "cosine_scale"
         raise TypeError(f"{missing} must be given: cosine_scale a (heads,) tensor, rope an AxialRope; got None")
-    op.check_tokens("q", q)
-    op.check_tokens("k", k, like=q)
+    check_tokens("q", q)
+    check_tokens("k", k, like=q)
     if k.shape != q.shape:
         raise ValueError(f"k must have q's shape {tuple(q.shape)}; got {tuple(k.shape)}")
     check_cosine_scale(cosine_scale, q)
     check_rope(rope, q)
+
+
+def check_tokens(name: str, x, like: Tensor | None = None) -> None:
+    """One of q, k, v: (B, H, W, heads, dim), of q's dtype and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (B, H, W, heads, dim); got {type(x).__name__}")
+    if x.dtype not in op.DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
+    if x.ndim != 5:
+        raise ValueError(f"{name} must have 5 axes (B, H, W, heads, dim); got shape {tuple(x.shape)}")
+    if x.shape[4] == 0:
+        raise ValueError(f"{name} must have dim ≥ 1 as its last axis; got shape {tuple(x.shape)}")
+    if like is not None and x.dtype is not like.dtype:
+        raise TypeError(f"{name} must have q's dtype {like.dtype} (only autocast mixes them); got {x.dtype}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name} must be on q's device {like.device}; got {x.device}")
 
 
 def check_cosine_scale(cosine_scale, q: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdit_kernels import op
+from hdit_kernels import extension, op
 
 
 def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -71,17 +71,17 @@ def rows(x: Tensor) -> Tensor:
 
 def forward(backend: str, inputs, outputs, params) -> None:
     x, y = rows(inputs[0]), outputs[0]
-    run = op.native(backend, "geglu_forward")
+    run = extension.function(backend, "geglu_forward")
     n = y.shape[-1]
-    run(x.data_ptr(), y.data_ptr(), x.shape[0], n, x.stride(0), op.native_dtype(x), *op.native_place(backend, x))
+    run(x.data_ptr(), y.data_ptr(), x.shape[0], n, x.stride(0), extension.dtype(x), *extension.place(backend, x))
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
     x, dy, dx = rows(inputs[0]), rows(grad_outputs[0]), grads[0]
-    run = op.native(backend, "geglu_backward")
+    run = extension.function(backend, "geglu_backward")
     pointers = x.data_ptr(), dy.data_ptr(), dx.data_ptr()
-    place = op.native_place(backend, x)
-    run(*pointers, x.shape[0], dy.shape[-1], x.stride(0), dy.stride(0), op.native_dtype(x), *place)
+    place = extension.place(backend, x)
+    run(*pointers, x.shape[0], dy.shape[-1], x.stride(0), dy.stride(0), extension.dtype(x), *place)
 
 
 GEGLU = op.Op(
@@ -97,5 +97,5 @@ GEGLU = op.Op(
     kernels=("cpu", "cuda"),
     forward=forward,
     backward=backward,
-    declines=lambda backend, x: op.declines_float64(backend, x),
+    declines=lambda backend, x: extension.declines_float64(backend, x),
 )

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from hdit_kernels import __version__, cases
-from hdit_kernels.op import BACKENDS, NAMES, OPS, BackendError, extension, extension_missing, find
+from hdit_kernels import __version__, cases, extension
+from hdit_kernels.op import BACKENDS, NAMES, OPS, BackendError, find
 
 CHECKED = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -25,12 +25,12 @@ def devices() -> tuple[str, ...]:
 def report() -> str:
     """Versions, instruction sets, GPUs, and a line for each op and backend."""
     lines = [f"hdit_kernels {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}"]
-    if extension is None:
-        lines.append(f"compiled extension: absent ({extension_missing})")
+    if extension.module is None:
+        lines.append(f"compiled extension: absent ({extension.missing})")
     else:
-        build = ", ".join(f"{key} {value}" for key, value in extension.build_info.items() if value)
+        build = ", ".join(f"{key} {value}" for key, value in extension.module.build_info.items() if value)
         lines.append(f"compiled extension: {build}")
-        lines.append(f"CPU: {', '.join(extension.cpu.features())}; {torch.get_num_threads()} threads")
+        lines.append(f"CPU: {', '.join(extension.module.cpu.features())}; {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"GPU: {', '.join(gpus) or 'none that PyTorch sees'}")
     for device in devices():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hdit_kernels import op
-from hdit_kernels.cosine_rope import AxialRope, check_cosine_scale, check_rope, normalise, prepare
+from hdit_kernels.cosine_rope import AxialRope, check_cosine_scale, check_rope, check_tokens, normalise, prepare
 
 TILE = 2**18  # elements of gathered keys that the reference holds at a time, about what a core's cache takes
 
@@ -62,9 +62,9 @@ def neighborhood_attention(
         TypeError, ValueError: a sentence that names the argument, its value and what is accepted.
     """
     q, k, v, additional_keys, additional_values = autocast(q, k, v, additional_keys, additional_values)
-    op.check_tokens("q", q)
-    op.check_tokens("k", k, like=q)
-    op.check_tokens("v", v, like=q)
+    check_tokens("q", q)
+    check_tokens("k", k, like=q)
+    check_tokens("v", v, like=q)
     if k.shape != q.shape:
         raise ValueError(f"k must have q's shape {tuple(q.shape)}; got {tuple(k.shape)}")
     if v.shape[:4] != q.shape[:4]:
@@ -100,7 +100,7 @@ def neighborhood_attention_qkvpacked(
         got = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
         raise ValueError(f"qkv must be a tensor of shape (B, H, W, 3, heads, dim); got {got}")
     q = qkv[:, :, :, 0]
-    op.check_tokens("qkv", q)
+    check_tokens("qkv", q)
     window = check_window(q.shape[1:3], kernel_size, stride, dilation, is_causal, wrap)
     extras = check_extras(q, q.shape[4], cosine_scale, rope, additional_keys, additional_values, key_mask)
     params = (*window, check_scale(scale, q.shape[4], cosine_scale))

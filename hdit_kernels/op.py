@@ -17,7 +17,6 @@ device and under FLOP counters:
 """
 
 import contextlib
-import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +28,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.utils.flop_counter import register_flop_formula
 
+from hdit_kernels import extension
+
 # The order is policy; its only evidence is a committed benchmark row. No GPU row is committed yet.
 BACKENDS = {
     "cpu": ("cpu", "reference"),
@@ -36,18 +37,6 @@ BACKENDS = {
 }
 NAMES = ("cpu", "triton", "cuda", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-try:
-    extension = importlib.import_module("hdit_kernels._C")
-    extension_missing = None
-except ModuleNotFoundError:
-    extension, extension_missing = (
-        None,
-        "the compiled extension hdit_kernels._C is not built; `pip install .` builds it",
-    )
-except ImportError as error:  # built, but for another Python or C++ runtime: say so and go on with the reference
-    extension, extension_missing = None, f"the compiled extension hdit_kernels._C does not load: {error}"
-    warnings.warn(f"hdit_kernels: {extension_missing}; the PyTorch reference serves instead", stacklevel=2)
 
 OPS: dict[str, "Op"] = {}
 _library = torch.library.Library("hdit", "DEF")
@@ -152,11 +141,11 @@ class Op:
             return None
         if backend not in self.kernels:
             return f"{self.name} has no {backend} kernel"
-        if backend in ("cpu", "cuda") and extension is None:
-            return extension_missing
+        if backend in ("cpu", "cuda") and extension.module is None:
+            return extension.missing
         if backend == "cpu":
             return None if device == "cpu" else f"the cpu kernels take CPU tensors, not {device} ones"
-        if backend == "cuda" and not hasattr(extension, "cuda"):
+        if backend == "cuda" and not hasattr(extension.module, "cuda"):
             return "the compiled extension was built without nvcc"
         interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if device != "cuda" and not (interpreted and device == "cpu"):
@@ -429,34 +418,7 @@ def _transforms() -> str | None:
     return "beyond kernels" if TransformType.Jvp in kinds or kinds.count(TransformType.Grad) > 1 else "kernels"
 
 
-_native: dict[tuple[str, str], Callable] = {}
-_native_dtypes = {d: extension.dtypes[str(d).removeprefix("torch.")] for d in DTYPES} if extension else {}
-
-
-# ---- for the pages ---------------------------------------------------------------------------------------------------
-
-
-def native(backend: str, name: str) -> Callable:
-    """A function of the compiled extension: `_C.cpu.<name>` or `_C.cuda.<name>`."""
-    key = backend, name
-    if key not in _native:
-        _native[key] = getattr(getattr(extension, backend), name)
-    return _native[key]
-
-
-def native_dtype(x: Tensor) -> int:
-    return _native_dtypes[x.dtype]
-
-
-def native_place(backend: str, x: Tensor) -> tuple[int, ...]:
-    """The last arguments of every compiled kernel: threads, or device and stream."""
-    if backend == "cpu":
-        return (torch.get_num_threads(),)
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-
-
-def declines_float64(backend: str, x: Tensor) -> str | None:
-    return "it computes in float32, and float64 was given" if backend != "cpu" and x.dtype is torch.float64 else None
+# ---- small pieces ---------------------------------------------------------------------------------------------------
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -464,25 +426,6 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
-
-
-def check_tokens(name: str, x, like: Tensor | None = None) -> None:
-    """One of q, k, v: (B, H, W, heads, dim), of q's dtype and device."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (B, H, W, heads, dim); got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
-    if x.ndim != 5:
-        raise ValueError(f"{name} must have 5 axes (B, H, W, heads, dim); got shape {tuple(x.shape)}")
-    if x.shape[4] == 0:
-        raise ValueError(f"{name} must have dim ≥ 1 as its last axis; got shape {tuple(x.shape)}")
-    if like is not None and x.dtype is not like.dtype:
-        raise TypeError(f"{name} must have q's dtype {like.dtype} (only autocast mixes them); got {x.dtype}")
-    if like is not None and x.device != like.device:
-        raise ValueError(f"{name} must be on q's device {like.device}; got {x.device}")
-
-
-# ---- small pieces ---------------------------------------------------------------------------------------------------
 
 
 def _tuple(x) -> tuple:

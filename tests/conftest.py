@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 import torch
 
+from hdit_kernels import extension
 from hdit_kernels import op as machinery
 
 hypothesis.settings.register_profile("fixed", max_examples=200, deadline=None, derandomize=True)
@@ -61,7 +62,7 @@ def stand_in(monkeypatch):
         monkeypatch.setitem(op.__dict__, "forward", kernel.forward(op))
         monkeypatch.setitem(op.__dict__, "backward", kernel.backward(op))
         monkeypatch.setitem(op.__dict__, "declines", None)
-    monkeypatch.setattr(machinery, "extension", object())
+    monkeypatch.setattr(extension, "module", object())
     monkeypatch.setattr(machinery, "_present_cache", {})
     torch._dynamo.reset()
     yield kernel

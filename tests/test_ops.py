@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hdit_kernels
-from hdit_kernels import cases
+from hdit_kernels import cases, extension
 from hdit_kernels import op as machinery
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -160,3 +160,27 @@ def test_more_batches_and_heads_than_a_grid_dimension_takes():
     weights = torch.softmax((q.flatten(1)[:, :, None] * k.flatten(1)[:, None]).double(), -1)
     exact = (weights @ v.flatten(1).double()[..., None]).reshape_as(out)
     assert cases.error(out, exact, exact.float(), torch.float32) <= 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests above run the kernels themselves")
+@pytest.mark.parametrize("name", ["geglu", "ada_rms_norm"])
+def test_calls_reach_the_cuda_kernels_which_say_what_is_missing(name, monkeypatch):
+    """Without a GPU: each call has the arguments that the binding takes, gets to the launch and fails there by name."""
+    if not hasattr(extension.module, "cuda"):
+        assert machinery.find(name).missing("cuda", "cuda") == "the compiled extension was built without nvcc"
+        return
+    monkeypatch.setattr(extension, "place", lambda backend, x: (0, 0))
+    op = machinery.find(name)
+    case = next(c for c in cases.TESTED if c.op == name and x_of(c).numel() and x_of(c).ndim > 2)
+    arguments, _ = case.arguments(torch.float32)
+    inputs, params = arguments[: len(op.inputs)], arguments[len(op.inputs) :]
+    outputs = op.allocate(*arguments)
+    grads = op._empty_grads(inputs, [True] * len(op.gradients))
+    with pytest.raises(RuntimeError, match=f"{name}_forward.*(driver|device)"):
+        op.forward("cuda", inputs, outputs, params)
+    with pytest.raises(RuntimeError, match=f"{name}_backward.*(driver|device)"):
+        op.backward("cuda", outputs, inputs, (), grads, params)
+
+
+def x_of(case):
+    return case.arguments(torch.float32)[0][0]
