@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 
 #include "ada_rms_norm.h"
 #include "geglu.h"
+#include "neighborhood_attention.h"
 
 namespace py = pybind11;
 using namespace hdit;
@@ -30,11 +32,19 @@ struct InstructionSet {
   decltype(&geglu_backward<Baseline>) geglu_backward;
   decltype(&ada_rms_norm_forward<Baseline>) ada_rms_norm_forward;
   decltype(&ada_rms_norm_backward<Baseline>) ada_rms_norm_backward;
+  decltype(&neighborhood_attention_forward<Baseline>) neighborhood_attention_forward;
+  decltype(&neighborhood_attention_backward<Baseline>) neighborhood_attention_backward;
 };
 
 template <class I>
 InstructionSet instruction_set(const char* name) {
-  return {name, geglu_forward<I>, geglu_backward<I>, ada_rms_norm_forward<I>, ada_rms_norm_backward<I>};
+  return {name,
+          geglu_forward<I>,
+          geglu_backward<I>,
+          ada_rms_norm_forward<I>,
+          ada_rms_norm_backward<I>,
+          neighborhood_attention_forward<I>,
+          neighborhood_attention_backward<I>};
 }
 
 #if defined(__x86_64__)
@@ -173,6 +183,31 @@ AdaRmsNormBackward ada_rms_norm_backward_args(Address x, Address scale, Address 
           scale_batch_stride, eps, dtype_of(function, dtype)};
 }
 
+// Addresses and strides of tokens; windows as [length, kernel, stride, dilation, causal].
+using Row = std::array<int64_t, 5>;
+
+Tokens tokens_of(const Row& row) { return {(void*)row[0], row[1], row[2], row[3], row[4]}; }
+
+NeighborhoodAttention neighborhood_attention_args(const std::array<Row, 5>& tokens, const std::array<Address, 6>& pointers,
+                                                  const std::array<int64_t, 6>& sizes, const std::array<Row, 2>& windows,
+                                                  double scale, int dtype) {
+  const char* function = "neighborhood_attention";
+  const auto& [batch, heads, dim, v_dim, angles, extra] = sizes;
+  check_not_negative(function, {{"batch", batch}, {"heads", heads}, {"dim", dim}, {"v_dim", v_dim}, {"angles", angles},
+                                {"extra", extra}});
+  Window axes[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto& [length, kernel, stride, dilation, causal] = windows[i];
+    if (kernel < 1 || dilation < 1 || stride < 1 || stride > kernel || kernel * dilation > length || 4 * angles > dim)
+      throw py::value_error("neighborhood_attention: window or angles do not fit the grid or the heads");
+    axes[i] = {length, kernel, stride, dilation, causal != 0};
+  }
+  return {tokens_of(tokens[0]), tokens_of(tokens[1]), tokens_of(tokens[2]), tokens_of(tokens[3]), tokens_of(tokens[4]),
+          (const void*)pointers[0], (const void*)pointers[1], (const void*)pointers[2], (const bool*)pointers[3],
+          (void*)pointers[4], (void*)pointers[5], batch, heads, dim, v_dim, angles, extra, axes[0], axes[1], scale,
+          dtype_of(function, dtype)};
+}
+
 // ---- the module ------------------------------------------------------------------------------------------------------------
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
@@ -185,6 +220,8 @@ using Unlocked = py::call_guard<py::gil_scoped_release>;
 #define ADA_RMS_NORM_BACKWARD                                                                                           \
   "x"_a, "scale"_a, "dy"_a, "dx"_a, "dscale"_a, "batch"_a, "tokens"_a, "channels"_a, "x_batch_stride"_a,                \
       "x_token_stride"_a, "dy_batch_stride"_a, "dy_token_stride"_a, "scale_batch_stride"_a, "eps"_a, "dtype"_a
+
+#define NEIGHBORHOOD_ATTENTION "tokens"_a, "pointers"_a, "sizes"_a, "windows"_a, "scale"_a, "dtype"_a
 
 void bind_cpu(py::module_ m) {
   using namespace py::literals;
@@ -226,6 +263,26 @@ void bind_cpu(py::module_ m) {
         ada_rms_norm_backward_args(x, scale, dy, dx, dscale, batch, tokens, channels, x_batch_stride, x_token_stride,
                                    dy_batch_stride, dy_token_stride, scale_batch_stride, eps, dtype), threads);
   }, ADA_RMS_NORM_BACKWARD, "threads"_a, Unlocked());
+  // tokens: q, k, v, extra_k, extra_v. pointers: cosine_scale, height_angles, width_angles, key_mask, out, lse.
+  // sizes: batch, heads, dim, v_dim, angles, extra. grad_tokens: dout, dq, dk, dv, dextra_k, dextra_v. 0: absent.
+  m.def("neighborhood_attention_forward",
+        [](const std::array<Row, 5>& tokens, const std::array<Address, 6>& pointers, const std::array<int64_t, 6>& sizes,
+           const std::array<Row, 2>& windows, double scale, int dtype, int threads) {
+          check_threads("neighborhood_attention_forward", threads);
+          in_use->neighborhood_attention_forward(
+              neighborhood_attention_args(tokens, pointers, sizes, windows, scale, dtype), threads);
+        }, NEIGHBORHOOD_ATTENTION, "threads"_a, Unlocked());
+  m.def("neighborhood_attention_backward",
+        [](const std::array<Row, 5>& tokens, const std::array<Address, 6>& pointers, const std::array<int64_t, 6>& sizes,
+           const std::array<Row, 2>& windows, double scale, int dtype, const std::array<Row, 6>& grad_tokens, Address dlse,
+           Address dcosine_scale, int threads) {
+          check_threads("neighborhood_attention_backward", threads);
+          const auto& [dout, dq, dk, dv, dextra_k, dextra_v] = grad_tokens;
+          in_use->neighborhood_attention_backward(
+              {neighborhood_attention_args(tokens, pointers, sizes, windows, scale, dtype), tokens_of(dout),
+               (const void*)dlse, tokens_of(dq), tokens_of(dk), tokens_of(dv), tokens_of(dextra_k), tokens_of(dextra_v),
+               (void*)dcosine_scale}, threads);
+        }, NEIGHBORHOOD_ATTENTION, "grad_tokens"_a, "dlse"_a, "dcosine_scale"_a, "threads"_a, Unlocked());
 }
 
 #ifdef HDIT_CUDA_VERSION

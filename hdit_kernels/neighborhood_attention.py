@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hdit_kernels import op
+from hdit_kernels import extension, op
 from hdit_kernels.cosine_rope import AxialRope, check_cosine_scale, check_rope, check_tokens, normalise, prepare
 
 TILE = 2**18  # elements of gathered keys that the reference holds at a time, about what a core's cache takes
@@ -263,6 +263,61 @@ def reference_backward(grad_outputs, inputs, grads, params):
                 grads[i].copy_(gradient)
 
 
+# ---- the compiled kernels -------------------------------------------------------------------------------------------
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x with a contiguous last axis, which the kernels read in place; what lies otherwise is copied."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def placed(x: Tensor | None) -> list[int]:
+    """Address and strides of (B, H, W, heads, dim), or of (B, S, heads, dim), whose tokens lie along W."""
+    if x is None:
+        return [0] * 5
+    batch, *grid, tokens, heads, _ = x.stride()
+    return [x.data_ptr(), batch, grid[0] if grid else 0, tokens, heads]
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def native_arguments(inputs, outputs, params):
+    """(what the compiled forward pass takes, the tensors that must live until it has run)"""
+    q, k, v, cosine_scale, *angles, extra_keys, extra_values, key_mask = inputs
+    kernel_size, stride, dilation, is_causal, scale = params
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    tokens = [dense(t) for t in (q, k, v, extra_keys, extra_values)]
+    others = [None if t is None else t.to(dtype).contiguous() for t in (cosine_scale, *angles)]
+    others += [None if key_mask is None else key_mask.contiguous(), *outputs]
+    batch, height, width, heads, dim = q.shape
+    r = 0 if angles[0] is None else angles[0].shape[-1]
+    sizes = batch, heads, dim, v.shape[4], r, 0 if extra_keys is None else extra_keys.shape[1]
+    windows = [list(w) for w in zip((height, width), kernel_size, stride, dilation, is_causal, strict=True)]
+    packed = [placed(t) for t in tokens], [address(t) for t in others], sizes, windows, scale, extension.dtype(q)
+    return packed, (tokens, others)
+
+
+def forward(backend: str, inputs, outputs, params) -> None:
+    arguments, _alive = native_arguments(inputs, outputs, params)
+    run = extension.function(backend, "neighborhood_attention_forward")
+    run(*arguments, *extension.place(backend, inputs[0]))
+
+
+def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
+    arguments, _alive = native_arguments(inputs, (None, saved[1]), params)
+    dout, dlse = dense(grad_outputs[0]), grad_outputs[1]
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv, dcosine_scale, *dextra = grads
+    sums = None if dcosine_scale is None else saved[1].new_empty(inputs[0].shape[0], inputs[0].shape[3])
+    run = extension.function(backend, "neighborhood_attention_backward")
+    tokens = [placed(t) for t in (dout, dq, dk, dv, *dextra)]
+    run(*arguments, tokens, address(dlse), address(sums), *extension.place(backend, inputs[0]))
+    if dcosine_scale is not None:
+        dcosine_scale.copy_(sums.sum(0))
+
+
 # ---- what is accepted -----------------------------------------------------------------------------------------------
 
 
@@ -375,6 +430,9 @@ NEIGHBORHOOD_ATTENTION = op.Op(
     reference_backward=reference_backward,
     allocate=allocate,
     macs=macs,
+    kernels=("cpu",),
+    forward=forward,
+    backward=backward,
 )
 
 
@@ -383,9 +441,12 @@ def _unpacked(function):
     return lambda qkv, *others: function(*qkv.unbind(3), *others)
 
 
-def packed_reference_backward(grad_outputs, inputs, grads, params):
-    dq, dk, dv = (None,) * 3 if grads[0] is None else grads[0].unbind(3)
-    reference_backward(grad_outputs, (*inputs[0].unbind(3), *inputs[1:]), (dq, dk, dv, *grads[1:]), params)
+def _unpacked_inputs(inputs):
+    return (*inputs[0].unbind(3), *inputs[1:])
+
+
+def _unpacked_grads(grads):
+    return (*((None,) * 3 if grads[0] is None else grads[0].unbind(3)), *grads[1:])
 
 
 NEIGHBORHOOD_ATTENTION_QKVPACKED = op.Op(
@@ -398,7 +459,14 @@ NEIGHBORHOOD_ATTENTION_QKVPACKED = op.Op(
     batched=("qkv", "additional_keys", "additional_values", "key_mask"),
     reference=_unpacked(reference),
     reference_forward=_unpacked(reference_forward),
-    reference_backward=packed_reference_backward,
+    reference_backward=lambda grad_outputs, inputs, grads, params: reference_backward(
+        grad_outputs, _unpacked_inputs(inputs), _unpacked_grads(grads), params
+    ),
     allocate=_unpacked(allocate),
     macs=lambda qkv, *others: macs(*[(*qkv[:3], *qkv[4:])] * 3, *others),
+    kernels=("cpu",),
+    forward=lambda backend, inputs, outputs, params: forward(backend, _unpacked_inputs(inputs), outputs, params),
+    backward=lambda backend, grad_outputs, inputs, saved, grads, params: backward(
+        backend, grad_outputs, _unpacked_inputs(inputs), saved, _unpacked_grads(grads), params
+    ),
 )
