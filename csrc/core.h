@@ -200,7 +200,24 @@ inline void for_each_vector(int64_t n, Body body) {
   if (i < n) body(i, Partial{n - i});
 }
 
-// The sum of all lanes, in a fixed order.
+// The sum of all lanes, in a fixed order: halves are added until one lane is left.
+inline float sum_lanes(FloatVector v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 halves[2];
+  std::memcpy(halves, &v, sizeof v);  // (GCC 12 warns of its own _mm512_extractf32x8_ps)
+  const __m256 eight = _mm256_add_ps(halves[0], halves[1]);
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
 template <class V>
 inline auto sum_lanes(V v) {
   constexpr int lanes = sizeof(V) / sizeof(v[0]);

@@ -194,19 +194,65 @@ struct Slab {
   }
 };
 
-// body(number, key, value, y, x) over the keys of query (i, j), extra ones last with y = −1 and x = their index.
-template <class T, class Body>
-inline int64_t for_each_key(const Slab<T>& slab, int64_t b, Range rows, Range columns, Body body) {
-  const NeighborhoodAttention& a = slab.a;
-  int64_t number = 0;
-  for (int64_t m = 0; m < rows.count; ++m)
-    for (int64_t n = 0; n < columns.count; ++n) {
-      const int64_t y = rows.first + m * a.rows.dilation, x = columns.first + n * a.columns.dilation;
-      if (slab.attended(b, y, x)) body(number++, slab.key(y, x), slab.value(y, x), y, x);
-    }
-  for (int64_t s = 0; s < a.extra; ++s)
-    body(number++, slab.extra_keys.get() + s * a.dim, slab.extra_values.get() + s * a.v_dim, int64_t(-1), s);
-  return number;
+// The prepared keys and values that one query attends to, extra tokens last, and the number of each among all tokens.
+template <class S>
+struct Attended {
+  Scratch<const S*> keys, values;
+  Scratch<int64_t> tokens;
+  int64_t count = 0;
+  explicit Attended(int64_t most) : keys(most), values(most), tokens(most) {}
+
+  void push(const S* key, const S* value, int64_t token) {
+    keys.get()[count] = key, values.get()[count] = value, tokens.get()[count] = token;
+    ++count;
+  }
+
+  template <class T>
+  void collect(const Slab<T>& slab, int64_t b, int64_t i, int64_t j) {
+    const NeighborhoodAttention& a = slab.a;
+    const Range rows = keys_of(a.rows, i), columns = keys_of(a.columns, j);
+    count = 0;
+    for (int64_t m = 0; m < rows.count; ++m)
+      for (int64_t n = 0; n < columns.count; ++n) {
+        const int64_t y = rows.first + m * a.rows.dilation, x = columns.first + n * a.columns.dilation;
+        if (slab.attended(b, y, x)) push(slab.key(y, x), slab.value(y, x), y * a.columns.length + x);
+      }
+    for (int64_t s = 0; s < a.extra; ++s)
+      push(slab.extra_keys.get() + s * a.dim, slab.extra_values.get() + s * a.v_dim, a.rows.length * a.columns.length + s);
+  }
+};
+
+// result[k] = x·tokens[k]: four tokens at a time, so that x is read once for them and their sums do not wait on each other.
+template <class S>
+inline void products_with(const S* x, const S* const* tokens, int64_t count, int64_t dim, S* result) {
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    Vector<S> sums[4] = {};
+    for_each_vector<S>(dim, [&](int64_t i, auto part) {
+      const auto v = load(x + i, part);
+      for (int t = 0; t < 4; ++t) sums[t] += v * load(tokens[k + t] + i, part);
+    });
+    for (int t = 0; t < 4; ++t) result[k + t] = sum_lanes(sums[t]);
+  }
+  for (; k < count; ++k) result[k] = dot(x, tokens[k], dim);
+}
+
+// result = Σ weights[k]·tokens[k], four vectors of the result at a time in registers.
+template <class S>
+inline void weighted_sum(const S* weights, const S* const* tokens, int64_t count, int64_t dim, S* result) {
+  constexpr int64_t kBlock = 4 * kLanes<S>;
+  int64_t d = 0;
+  for (; d + kBlock <= dim; d += kBlock) {
+    Vector<S> sums[4] = {};
+    for (int64_t k = 0; k < count; ++k)
+      for (int v = 0; v < 4; ++v) sums[v] += weights[k] * load(tokens[k] + d + v * kLanes<S>, Full{});
+    for (int v = 0; v < 4; ++v) store(result + d + v * kLanes<S>, sums[v], Full{});
+  }
+  for_each_vector<S>(dim - d, [&](int64_t i, auto part) {
+    Vector<S> sum = {};
+    for (int64_t k = 0; k < count; ++k) sum += weights[k] * load(tokens[k] + d + i, part);
+    store(result + d + i, sum, part);
+  });
 }
 
 // The rows of keys that queries of rows [begin, end) see.
@@ -227,27 +273,19 @@ inline S query_factor(const NeighborhoodAttention& a, int64_t h) {
 
 template <class T>
 void forward_query(const Slab<T>& slab, const Positions<Scalar<T>>& positions, int64_t b, int64_t i, int64_t j, int64_t h,
-                   Scalar<T>* query, Scalar<T>* logits, Scalar<T>* sum) {
+                   Scalar<T>* query, Scalar<T>* logits, Scalar<T>* sum, Attended<Scalar<T>>& seen) {
   using S = Scalar<T>;
   const NeighborhoodAttention& a = slab.a;
-  const Range rows = keys_of(a.rows, i), columns = keys_of(a.columns, j);
   prepare(a, positions, at<T>(a.q, b, i, j, h), i, j, h, true, query_factor<S>(a, h), query);
-  const int64_t count = for_each_key(slab, b, rows, columns, [&](int64_t n, const S* key, const S*, int64_t, int64_t) {
-    logits[n] = dot(query, key, a.dim);
-  });
+  seen.collect(slab, b, i, j);
+  products_with(query, seen.keys.get(), seen.count, a.dim, logits);
+  const S top = largest(logits, seen.count);
+  const S total = exponentials(logits, top, seen.count);
+  for (int64_t n = 0; n < seen.count; ++n) logits[n] /= total;
+  weighted_sum(logits, seen.values.get(), seen.count, a.v_dim, sum);
   const int64_t token = ((b * a.rows.length + i) * a.columns.length + j) * a.heads + h;
-  fill(sum, S(0), a.v_dim);
-  S lse = -INFINITY;
-  if (count > 0) {
-    const S top = largest(logits, count), total = exponentials(logits, top, count);
-    for_each_key(slab, b, rows, columns, [&](int64_t n, const S*, const S* value, int64_t, int64_t) {
-      add(sum, value, logits[n], a.v_dim);
-    });
-    for (int64_t d = 0; d < a.v_dim; ++d) sum[d] /= total;
-    lse = top + std::log(total);
-  }
   narrow_token(sum, static_cast<T*>(a.out) + token * a.v_dim, a.v_dim);
-  static_cast<S*>(a.lse)[token] = lse;
+  static_cast<S*>(a.lse)[token] = seen.count > 0 ? top + std::log(total) : -INFINITY;
 }
 
 template <class T>
@@ -263,6 +301,7 @@ void forward(const NeighborhoodAttention& a, int threads) {
   threads = useful_threads(a.batch * a.heads * height * width * keys, threads);
   parallel_for(a.batch * a.heads * tiles, threads, [&](int64_t begin, int64_t end) {
     Slab<T> slab(a, most);
+    Attended<S> attended(keys);
     const Scratch<S> query(a.dim), logits(keys), sum(a.v_dim);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / tiles / a.heads, h = unit / tiles % a.heads, first = unit % tiles * kRowsPerTile;
@@ -272,7 +311,7 @@ void forward(const NeighborhoodAttention& a, int threads) {
       slab.load_extra(positions, b, h);
       for (int64_t i = first; i < last; ++i)
         for (int64_t j = 0; j < width; ++j)
-          forward_query<T>(slab, positions, b, i, j, h, query.get(), logits.get(), sum.get());
+          forward_query<T>(slab, positions, b, i, j, h, query.get(), logits.get(), sum.get(), attended);
     }
   });
 }
@@ -288,43 +327,53 @@ struct Sums {
         count(tokens + a.extra) {}
 };
 
+// What one thread needs for one query after the other.
+template <class S>
+struct QueryScratch {
+  Scratch<S> query, dquery, dout, raw, products, weights, dweights;
+  Attended<S> seen;
+  QueryScratch(const NeighborhoodAttention& a, int64_t keys)
+      : query(a.dim), dquery(a.dim), dout(a.v_dim), raw(a.dim), products(keys), weights(keys), dweights(keys), seen(keys) {}
+};
+
 // dq of one query; what its keys and values get from it is added to `sums`. Returns its part of dcosine_scale.
 template <class T>
 double backward_query(const NeighborhoodAttentionBackward& g, const Slab<T>& slab, const Positions<Scalar<T>>& positions,
-                      int64_t b, int64_t i, int64_t j, int64_t h, Scalar<T>* query, Scalar<T>* dquery, Scalar<T>* dout,
-                      Scalar<T>* raw, Scalar<T>* products, Scalar<T>* weights, Scalar<T>* dweights,
+                      int64_t b, int64_t i, int64_t j, int64_t h, QueryScratch<Scalar<T>>& scratch,
                       Sums<Scalar<T>>& sums) {
   using S = Scalar<T>;
   const NeighborhoodAttention& a = g.forward;
-  const Range rows = keys_of(a.rows, i), columns = keys_of(a.columns, j);
-  const int64_t token = ((b * a.rows.length + i) * a.columns.length + j) * a.heads + h;
+  Attended<S>& seen = scratch.seen;
+  S *query = scratch.query.get(), *dout = scratch.dout.get(), *products = scratch.products.get();
+  S *weights = scratch.weights.get(), *dweights = scratch.dweights.get(), *dquery = scratch.dquery.get();
   const S factor = query_factor<S>(a, h);
   // The query of unit length, without its factor, so that a factor of 0 has a gradient too.
   prepare(a, positions, at<T>(a.q, b, i, j, h), i, j, h, true, S(1), query);
-  fill(dquery, S(0), a.dim);
   fill(dout, S(0), a.v_dim);
   if (g.dout.data != nullptr) widen_token(at<T>(g.dout, b, i, j, h), dout, a.v_dim);
-  const int64_t count = for_each_key(slab, b, rows, columns, [&](int64_t n, const S* key, const S* value, int64_t, int64_t) {
-    products[n] = dot(query, key, a.dim);
-    weights[n] = products[n] * factor;
-    dweights[n] = dot(dout, value, a.v_dim);
-  });
+  seen.collect(slab, b, i, j);
+  products_with(query, seen.keys.get(), seen.count, a.dim, products);
+  products_with(dout, seen.values.get(), seen.count, a.v_dim, dweights);
+  for (int64_t n = 0; n < seen.count; ++n) weights[n] = products[n] * factor;
   // From the logits again and not from the lse, whose rounding would be every weight's.
-  const S total = exponentials(weights, largest(weights, count), count);
-  for (int64_t n = 0; n < count; ++n) weights[n] /= total;
+  const S total = exponentials(weights, largest(weights, seen.count), seen.count);
+  for (int64_t n = 0; n < seen.count; ++n) weights[n] /= total;
   // Σ weight·dweight is dout·out, here without the rounding that out has in half precision.
-  const S delta = dot(weights, dweights, count) - (g.dlse == nullptr ? S(0) : static_cast<const S*>(g.dlse)[token]);
+  const int64_t token = ((b * a.rows.length + i) * a.columns.length + j) * a.heads + h;
+  const S dlse = g.dlse == nullptr ? S(0) : static_cast<const S*>(g.dlse)[token];
+  const S delta = dot(weights, dweights, seen.count) - dlse;
   double dscale = 0;  // terms of both signs: in float32 their sum would lose more than they do
-  for_each_key(slab, b, rows, columns, [&](int64_t n, const S* key, const S*, int64_t y, int64_t x) {
-    const S weight = weights[n], dlogit = weight * (dweights[n] - delta);
-    dscale += double(dlogit) * double(products[n]);
-    const int64_t target = y < 0 ? sums.tokens + x : y * a.columns.length + x;
-    add(dquery, key, dlogit, a.dim);
-    add(sums.keys.get() + target * a.dim, query, dlogit * factor, a.dim);
-    add(sums.values.get() + target * a.v_dim, dout, weight, a.v_dim);
-  });
-  if (g.dq.data != nullptr)
-    unprepare(a, positions, at<T>(a.q, b, i, j, h), i, j, h, true, factor, dquery, raw, at<T>(g.dq, b, i, j, h));
+  for (int64_t n = 0; n < seen.count; ++n) {
+    add(sums.values.get() + seen.tokens.get()[n] * a.v_dim, dout, weights[n], a.v_dim);
+    dweights[n] = weights[n] * (dweights[n] - delta);  // from here on the gradient of the logit
+    dscale += double(dweights[n]) * double(products[n]);
+    add(sums.keys.get() + seen.tokens.get()[n] * a.dim, query, dweights[n] * factor, a.dim);
+  }
+  if (g.dq.data != nullptr) {
+    weighted_sum(dweights, seen.keys.get(), seen.count, a.dim, dquery);
+    T* dq = at<T>(g.dq, b, i, j, h);
+    unprepare(a, positions, at<T>(a.q, b, i, j, h), i, j, h, true, factor, dquery, scratch.raw.get(), dq);
+  }
   return dscale * a.scale;
 }
 
@@ -361,7 +410,7 @@ void backward(const NeighborhoodAttentionBackward& g, int threads) {
   parallel_for(a.batch * a.heads, threads, [&](int64_t begin, int64_t end) {
     Slab<T> slab(a, height);
     Sums<S> sums(a);
-    const Scratch<S> query(a.dim), dquery(a.dim), dout(a.v_dim), raw(a.dim), products(keys), weights(keys), dweights(keys);
+    QueryScratch<S> scratch(a, keys);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / a.heads, h = unit % a.heads;
       slab.load_rows(positions, b, h, 0, height);
@@ -371,10 +420,9 @@ void backward(const NeighborhoodAttentionBackward& g, int threads) {
       double dscale = 0;
       for (int64_t i = 0; i < height; ++i)
         for (int64_t j = 0; j < width; ++j)
-          dscale += backward_query<T>(g, slab, positions, b, i, j, h, query.get(), dquery.get(), dout.get(), raw.get(),
-                                      products.get(), weights.get(), dweights.get(), sums);
+          dscale += backward_query<T>(g, slab, positions, b, i, j, h, scratch, sums);
       if (g.dcosine_scale != nullptr) static_cast<S*>(g.dcosine_scale)[unit] = S(dscale);
-      write_sums<T>(g, positions, b, h, sums, slab, raw.get());
+      write_sums<T>(g, positions, b, h, sums, slab, scratch.raw.get());
     }
   });
 }

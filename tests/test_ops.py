@@ -184,3 +184,35 @@ def test_calls_reach_the_cuda_kernels_which_say_what_is_missing(name, monkeypatc
 
 def x_of(case):
     return case.arguments(torch.float32)[0][0]
+
+
+CPU = extension.module.cpu if extension.module else None
+
+
+@pytest.mark.parametrize("instruction_set", CPU.instruction_sets() if CPU else [])
+def test_every_instruction_set_agrees(instruction_set, poisoned):
+    """The kernels are compiled once for each; the tests above run on the best one that this machine has."""
+    before = CPU.instruction_set()
+    CPU.set_instruction_set(instruction_set)
+    try:
+        for case in (c for c in cases.TESTED if "cpu" in hdit_kernels.available_backends(c.op)):
+            for dtype in DTYPES:
+                errors = cases.compare(case, dtype, backend="cpu")
+                assert all(error <= 1 for error in errors.values()), (case, dtype, errors)
+    finally:
+        CPU.set_instruction_set(before)
+
+
+def test_extra_tokens_alone_and_hidden_ones():
+    """Every key of the grid hidden: what is left is attention to the extra tokens."""
+    case = next(c for c in cases.TESTED if c.label == "extra keys")
+    (q, k, v), kwargs = case.arguments(torch.float64)
+    kwargs["key_mask"] = torch.zeros(q.shape[:3], dtype=torch.bool)
+    out, lse = hdit_kernels.neighborhood_attention(q, k, v, **kwargs)
+    scores, _ = hdit_kernels.cosine_rope(q, q, kwargs["cosine_scale"], kwargs["rope"])
+    keys = kwargs["additional_keys"]
+    keys = keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + 1e-6)
+    logits = torch.einsum("bhwnd,bsnd->bhwns", scores, keys)
+    exact = torch.einsum("bhwns,bsnd->bhwnd", logits.softmax(-1), kwargs["additional_values"])
+    assert cases.error(out, exact, exact, torch.float64) <= 1
+    assert cases.error(lse, logits.logsumexp(-1), logits.logsumexp(-1), torch.float64) <= 1
