@@ -156,7 +156,7 @@ TESTED: tuple[Case, ...] = (
     attention_case("grid of one window", (1, 7, 7), 1, 8),
     attention_case("cosine, RoPE", (1, 8, 11), **FULL),
     attention_case("cosine, RoPE, packed views", (2, 7, 9), layout="packed", kernel_size=5, **FULL),
-    attention_case("even window", (1, 9, 10), kernel_size=(4, 6), **FULL),
+    attention_case("even window, scale", (1, 9, 10), kernel_size=(4, 6), scale=-0.6, **FULL),
     attention_case("window of one", (1, 3, 5), kernel_size=1),
     attention_case("one row", (2, 1, 17), kernel_size=(1, 5), cosine=True),
     attention_case("dilated", (1, 13, 11), kernel_size=3, dilation=(4, 2), **FULL),
