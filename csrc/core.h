@@ -200,6 +200,9 @@ inline void for_each_vector(int64_t n, Body body) {
   if (i < n) body(i, Partial{n - i});
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // The sum of all lanes, in a fixed order: halves are added until one lane is left.
 inline float sum_lanes(FloatVector v) {
 #if defined(__AVX2__)
@@ -227,6 +230,19 @@ inline auto sum_lanes(V v) {
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   return parts[0];
 }
+
+// sums += x, lane by lane, in float64.
+template <class S>
+constexpr int kWidened = sizeof(double) / sizeof(S);
+
+inline void add_widened(DoubleVector (&sums)[2], FloatVector x) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  for (int i = 0; i < 2; ++i) sums[i] += __builtin_convertvector(halves[i], DoubleVector);
+}
+
+inline void add_widened(DoubleVector (&sums)[1], DoubleVector x) { sums[0] += x; }
 
 // exp(x) for -88.3 < x <= 88, within 2 units in the last place: x = n·ln 2 + r, a polynomial in r, and 2ⁿ by its exponent
 // bits. Results below 2⁻¹²⁶ become 0.
@@ -260,6 +276,52 @@ inline FloatVector lookup(const float (&table)[16], IntVector index) {
 #endif
 }
 
+// 2^x for -126 <= x < 128, within 2 units in the last place; 0 below, NaN of NaN.
+inline FloatVector exp2(FloatVector x) {
+  const FloatVector rounder = FloatVector{} + (12582912.0f + 127.0f);  // the low bits of x + rounder: the exponent of 2^n
+  const FloatVector shifted = x + rounder;
+  const FloatVector f = x - (shifted - rounder);
+  FloatVector p = FloatVector{} + 1.327647129e-3f;
+  p = p * f + 9.675540961e-3f;
+  p = p * f + 5.550713092e-2f;
+  p = p * f + 2.402212024e-1f;
+  p = p * f + 6.931469440e-1f;
+  p = p * f + 1.0f;
+  const FloatVector result = p * (FloatVector)((IntVector)shifted << 23);
+  return (x < -126.0f) ? FloatVector{} : result;
+}
+
+inline DoubleVector exp2(DoubleVector x) {
+  DoubleVector result;
+  for (int i = 0; i < kVectorBytes / int(sizeof(double)); ++i) result[i] = __builtin_exp2(x[i]);
+  return result;
+}
+
+// ln x for positive normal x, within 2 units in the last place or 1e-7; -inf of 0, NaN of NaN.
+inline FloatVector log(FloatVector x) {
+  const IntVector bits = (IntVector)x - 0x3f3504f3;  // of sqrt(1/2): the exponent below rounds x to [sqrt(1/2), sqrt(2))
+  const FloatVector n = __builtin_convertvector(bits >> 23, FloatVector);
+  const FloatVector f = (FloatVector)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  FloatVector p = FloatVector{} + 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const FloatVector square = f * f;
+  const FloatVector result = n * 0.693359375f + (f + (n * -2.12194440e-4f + (f * square * p - 0.5f * square)));
+  return (x > 0.0f) ? result : (x == 0.0f) ? FloatVector{} - __builtin_inff() : x;
+}
+
+inline DoubleVector log(DoubleVector x) {
+  DoubleVector result;
+  for (int i = 0; i < kVectorBytes / int(sizeof(double)); ++i) result[i] = __builtin_log(x[i]);
+  return result;
+}
+
 // ---- threads ---------------------------------------------------------------------------------------------------------
 // A parallel region costs some µs: each thread gets at least this many elements, 5 to 20 µs of these kernels.
 constexpr int64_t kElementsPerThread = 32768;
@@ -290,20 +352,60 @@ inline void parallel_for(int64_t count, int threads, Body body) {
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
-// Uninitialised scratch memory that frees itself.
+// Blocks that a thread has used and may use again: malloc gives larger ones back to the system at every free, and the page
+// faults of the next call would be a tenth of a forward pass of attention.
+struct BlockCache {
+  static constexpr int kBlocks = 32;
+  static constexpr size_t kLargest = size_t(4) << 20;
+  struct Block {
+    void* data;
+    size_t size;
+  } blocks[kBlocks] = {};
+
+  ~BlockCache() {
+    for (Block& block : blocks) std::free(block.data);
+  }
+
+  // At least `size` bytes, at most twice that.
+  Block take(size_t size) {
+    for (Block& block : blocks) {
+      if (block.data == nullptr || block.size < size || block.size > 2 * size) continue;
+      const Block found = block;
+      block = {};
+      return found;
+    }
+    size = (size + 63) / 64 * 64;
+    return {std::aligned_alloc(64, size), size};
+  }
+
+  void give(Block used) {
+    if (used.size > kLargest) return std::free(used.data);
+    for (Block& block : blocks) {
+      if (block.data != nullptr) continue;
+      block = used;
+      return;
+    }
+    std::free(blocks[0].data);  // the one that has waited longest
+    for (int i = 1; i < kBlocks; ++i) blocks[i - 1] = blocks[i];
+    blocks[kBlocks - 1] = used;
+  }
+};
+thread_local BlockCache block_cache;
+
+// Uninitialised scratch memory of one thread that frees itself, aligned to cache lines.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::malloc(count * sizeof(T)))) {
-    if (data_ == nullptr && count > 0) throw std::bad_alloc();
+  explicit Scratch(int64_t count) : block_(block_cache.take(count * sizeof(T))) {
+    if (block_.data == nullptr && count > 0) throw std::bad_alloc();
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { block_cache.give(block_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
+  T* get() const { return static_cast<T*>(block_.data); }
 
  private:
-  T* data_;
+  BlockCache::Block block_;
 };
 
 // body(T{}) with the element type of `dtype`.

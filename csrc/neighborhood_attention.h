@@ -44,9 +44,34 @@ struct NeighborhoodAttentionBackward {
   void* dcosine_scale;            // (batch, heads) wide, written, to be summed over the batch; or null
 };
 
+// The fast path: marching strips (neighborhood_attention_strips_cpu.cpp). False, and nothing done, where it does not apply.
+template <class InstructionSet>
+bool neighborhood_attention_strips_forward(const NeighborhoodAttention& args, int threads);
+template <class InstructionSet>
+bool neighborhood_attention_strips_backward(const NeighborhoodAttentionBackward& args, int threads);
+
 template <class InstructionSet>
 void neighborhood_attention_forward(const NeighborhoodAttention& args, int threads);
 template <class InstructionSet>
 void neighborhood_attention_backward(const NeighborhoodAttentionBackward& args, int threads);
+
+#ifndef __CUDACC__  // what both CPU files use
+namespace {
+
+constexpr double kEps = 1e-6;  // in the lengths of q and k, as in the reference
+
+template <class T>
+inline T* at(const Tokens& t, int64_t b, int64_t y, int64_t x, int64_t h) {
+  return static_cast<T*>(t.data) + b * t.batch_stride + y * t.height_stride + x * t.width_stride + h * t.head_stride;
+}
+
+// What multiplies q·k, or the cosine: |logit| <= |this| with cosine similarity.
+template <class S>
+inline S logit_factor(const NeighborhoodAttention& a, int64_t h) {
+  return S(a.scale) * (a.cosine_scale == nullptr ? S(1) : static_cast<const S*>(a.cosine_scale)[h]);
+}
+
+}  // namespace
+#endif
 
 }  // namespace hdit

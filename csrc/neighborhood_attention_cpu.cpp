@@ -7,16 +7,12 @@
 namespace hdit {
 namespace {
 
-constexpr double kEps = 1e-6;         // in the lengths of q and k, as in the reference
 constexpr int64_t kRowsPerTile = 16;  // of queries; the rows of keys prepared again for each tile are its overhead
 
 // The keys of one query along a dimension: first + dilation·j for 0 <= j < count.
 struct Range {
   int64_t first, count;
 };
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline Range keys_of(const Window& w, int64_t i) {
   const int64_t group = i % w.dilation, place = i / w.dilation;
@@ -29,11 +25,6 @@ inline Range keys_of(const Window& w, int64_t i) {
   }
   const int64_t low = smaller(larger(leader - w.kernel / 2, 0), size - w.kernel);
   return {group + w.dilation * low, w.kernel};
-}
-
-template <class T>
-inline T* at(const Tokens& t, int64_t b, int64_t y, int64_t x, int64_t h) {
-  return static_cast<T*>(t.data) + b * t.batch_stride + y * t.height_stride + x * t.width_stride + h * t.head_stride;
 }
 
 template <class S>
@@ -266,17 +257,12 @@ inline Range rows_seen(const Window& w, int64_t begin, int64_t end) {
   return {low, high - low};
 }
 
-template <class S>
-inline S query_factor(const NeighborhoodAttention& a, int64_t h) {
-  return S(a.scale) * (a.cosine_scale == nullptr ? S(1) : static_cast<const S*>(a.cosine_scale)[h]);
-}
-
 template <class T>
 void forward_query(const Slab<T>& slab, const Positions<Scalar<T>>& positions, int64_t b, int64_t i, int64_t j, int64_t h,
                    Scalar<T>* query, Scalar<T>* logits, Scalar<T>* sum, Attended<Scalar<T>>& seen) {
   using S = Scalar<T>;
   const NeighborhoodAttention& a = slab.a;
-  prepare(a, positions, at<T>(a.q, b, i, j, h), i, j, h, true, query_factor<S>(a, h), query);
+  prepare(a, positions, at<T>(a.q, b, i, j, h), i, j, h, true, logit_factor<S>(a, h), query);
   seen.collect(slab, b, i, j);
   products_with(query, seen.keys.get(), seen.count, a.dim, logits);
   const S top = largest(logits, seen.count);
@@ -346,7 +332,7 @@ double backward_query(const NeighborhoodAttentionBackward& g, const Slab<T>& sla
   Attended<S>& seen = scratch.seen;
   S *query = scratch.query.get(), *dout = scratch.dout.get(), *products = scratch.products.get();
   S *weights = scratch.weights.get(), *dweights = scratch.dweights.get(), *dquery = scratch.dquery.get();
-  const S factor = query_factor<S>(a, h);
+  const S factor = logit_factor<S>(a, h);
   // The query of unit length, without its factor, so that a factor of 0 has a gradient too.
   prepare(a, positions, at<T>(a.q, b, i, j, h), i, j, h, true, S(1), query);
   fill(dout, S(0), a.v_dim);
@@ -431,11 +417,13 @@ void backward(const NeighborhoodAttentionBackward& g, int threads) {
 
 template <class InstructionSet>
 void neighborhood_attention_forward(const NeighborhoodAttention& args, int threads) {
+  if (neighborhood_attention_strips_forward<InstructionSet>(args, threads)) return;
   with_element_type(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
 }
 
 template <class InstructionSet>
 void neighborhood_attention_backward(const NeighborhoodAttentionBackward& args, int threads) {
+  if (neighborhood_attention_strips_backward<InstructionSet>(args, threads)) return;
   with_element_type(args.forward.dtype, [&](auto element) { backward<decltype(element)>(args, threads); });
 }
 
