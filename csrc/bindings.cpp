@@ -47,6 +47,14 @@ InstructionSet instruction_set(const char* name) {
           neighborhood_attention_backward<I>};
 }
 
+#if defined(HDIT_AVX512_BF16)
+// AVX-512, but for what is faster with products of bfloat16.
+void neighborhood_attention_forward_bf16(const NeighborhoodAttention& args, int threads) {
+  if (!neighborhood_attention_strips_forward<Avx512Bf16>(args, threads))
+    neighborhood_attention_forward<Avx512>(args, threads);
+}
+#endif
+
 #if defined(__x86_64__)
 #define CPU_HAS(feature) (__builtin_cpu_supports(feature) != 0)
 std::vector<std::string> cpu_features() {
@@ -72,6 +80,12 @@ std::vector<InstructionSet> usable_instruction_sets() {
     usable.push_back(instruction_set<Avx2>("AVX2"));
     if (CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512cd") && CPU_HAS("avx512dq") && CPU_HAS("avx512vl"))
       usable.push_back(instruction_set<Avx512>("AVX-512"));
+#if defined(HDIT_AVX512_BF16)
+    if (usable.size() == 3 && CPU_HAS("avx512bf16")) {
+      usable.push_back(instruction_set<Avx512>("AVX-512 BF16"));
+      usable.back().neighborhood_attention_forward = neighborhood_attention_forward_bf16;
+    }
+#endif
   }
   return usable;
 #elif defined(__ARM_NEON)

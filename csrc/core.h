@@ -23,6 +23,7 @@ struct Float16 {
 struct Baseline {};  // 128-bit vectors: SSE2 on x86-64, NEON on ARM
 struct Avx2 {};      // x86-64-v3: AVX2, FMA, F16C
 struct Avx512 {};    // x86-64-v4: AVX-512 F, BW, CD, DQ, VL
+struct Avx512Bf16 {};  // and products of pairs of bfloat16
 
 }  // namespace hdit
 
@@ -41,7 +42,10 @@ struct Avx512 {};    // x86-64-v4: AVX-512 F, BW, CD, DQ, VL
 namespace hdit {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+using Native = Avx512Bf16;
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX512F__)
 using Native = Avx512;
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)

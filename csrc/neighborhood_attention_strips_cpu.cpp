@@ -115,12 +115,15 @@ template <class S>
 struct Call {
   const NeighborhoodAttention& a;
   Turns<S> row_turns, column_turns;
+  Tokens out;
   int64_t width;  // columns of keys in a ring
   bool cosine;
 
   explicit Call(const NeighborhoodAttention& args)
       : a(args), row_turns(args.height_angles, args.rows.length, args.heads, args.angles, 0),
         column_turns(args.width_angles, args.columns.length, args.heads, args.angles, 1),
+        out{args.out, args.rows.length * args.columns.length * args.heads * args.v_dim,
+            args.columns.length * args.heads * args.v_dim, args.heads * args.v_dim, args.v_dim},
         width(Columns<S>::width(args.columns)), cosine(args.cosine_scale != nullptr) {}
 
   int64_t classes() const { return a.rows.dilation * a.columns.dilation; }
@@ -134,7 +137,7 @@ struct Prefetch {
   struct Piece {
     const char* at;
     int64_t stride, lines, count;
-  } pieces[16];
+  } pieces[24];
   int64_t pieces_left = 0, piece = 0, line = 0;
 
   void clear() { pieces_left = piece = line = 0; }
@@ -157,6 +160,15 @@ struct Prefetch {
     }
   }
 };
+
+// Asks for columns [begin, end) of row y of `features` features, a head or several side by side.
+template <class T>
+inline void ask(Prefetch& prefetch, const Tokens& tokens, const Axis& rows, const Axis& axis, int64_t b, int64_t y, int64_t begin,
+                int64_t end, int64_t head, int64_t features) {
+  if (tokens.data == nullptr || y < 0 || y >= rows.length) return;
+  const T* first = at<const T>(tokens, b, rows.image(y), axis.image(begin), head);
+  prefetch.add(first, tokens.width_stride * axis.step * int64_t(sizeof(T)), features * int64_t(sizeof(T)), end - begin);
+}
 
 // Features [0, 4r) of a token turned by `row` and `column`, backwards for sign −1.
 template <class T, class S>
@@ -274,9 +286,10 @@ struct Reader {
   const Call<S>& call;
   const NeighborhoodAttention& a;
   Scratch<T> zeros;  // what a hidden token is taken for
-  Scratch<S> staging;
+  Scratch<S> staging, transposed;
 
-  explicit Reader(const Call<S>& c) : call(c), a(c.a), zeros(kMostDim), staging(kL * kMostDim) {
+  explicit Reader(const Call<S>& c)
+      : call(c), a(c.a), zeros(kMostDim), staging(kL * kMostDim), transposed(kL * kMostDim) {
     std::memset(zeros.get(), 0, kMostDim * sizeof(T));
   }
 
@@ -332,20 +345,81 @@ struct Reader {
   }
 };
 
+// ---- what rings hold -----------------------------------------------------------------------------------------------------------
+// Numbers to compute with or, where the CPU multiplies them, pairs of bfloat16: neighbouring features of q and k, neighbouring
+// rows of weights and values. A pair times a pair adds two products.
+struct Pair {
+  uint32_t bits;
+};
+template <class T>
+struct RingOf {
+  using Element = Scalar<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct RingOf<BFloat16> {
+  using Element = Pair;
+};
+#endif
+template <class E>
+struct SumOf {
+  using Type = E;
+};
+template <>
+struct SumOf<Pair> {
+  using Type = float;
+};
+template <class E>
+using Sum = typename SumOf<E>::Type;
+template <class E>
+constexpr int kPerElement = 1;
+template <>
+constexpr int kPerElement<Pair> = 2;
+
+template <class S>
+INLINE Vector<S> splat(const S* x) {
+  return *x - Vector<S>{};  // (0 + x would be an addition, since it is not x for x = −0)
+}
+
+template <class V>
+INLINE V multiply_add(V sum, V a, V b) {
+  return sum + a * b;
+}
+
+#if defined(__AVX512BF16__)
+INLINE UintVector load(const Pair* p, Full) {
+  UintVector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE void store(Pair* p, UintVector v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE UintVector splat(const Pair* x) { return x->bits + UintVector{}; }
+
+INLINE FloatVector multiply_add(FloatVector sum, UintVector a, UintVector b) {
+  return (FloatVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+INLINE UintVector rounded(FloatVector x) {
+  return (UintVector)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+#endif
+
 // ---- arithmetic --------------------------------------------------------------------------------------------------------------
 // sums[j][i] = Σ_d queries[j][d]·keys[d] shifted by i columns
-template <class S, int R, int C>
-INLINE void products(const S* const* queries, const S* keys, int64_t width, int64_t dim, Vector<S> (&sums)[R][C]) {
-  UNROLLED for (int j = 0; j < R; ++j) UNROLLED for (int i = 0; i < C; ++i) sums[j][i] = Vector<S>{};
-  const S* rows[R];
+template <class E, int R, int C>
+INLINE void products(const E* const* queries, const E* keys, int64_t width, int64_t dim, Vector<Sum<E>> (&sums)[R][C]) {
+  UNROLLED for (int j = 0; j < R; ++j) UNROLLED for (int i = 0; i < C; ++i) sums[j][i] = Vector<Sum<E>>{};
+  const E* rows[R];
   UNROLLED for (int j = 0; j < R; ++j) rows[j] = queries[j];
 #pragma GCC unroll 2
   for (int64_t d = 0; d < dim; ++d) {
-    Vector<S> query[R];
+    decltype(load(keys, Full{})) query[R];
     UNROLLED for (int j = 0; j < R; ++j) query[j] = load(rows[j] + d * kStrip, Full{});
     UNROLLED for (int i = 0; i < C; ++i) {
-      const Vector<S> key = load(keys + i, Full{});
-      UNROLLED for (int j = 0; j < R; ++j) sums[j][i] += query[j] * key;
+      const auto key = load(keys + i, Full{});
+      UNROLLED for (int j = 0; j < R; ++j) sums[j][i] = multiply_add(sums[j][i], query[j], key);
     }
     keys += width;
   }
@@ -395,22 +469,22 @@ struct ByKey {  // sums over the queries of keys i; token t is the query of colu
 
 // sums[i] = Σ over rows m and tokens t, i <= t < i + kernel, of weight·tokens[m][t], for Q sums and F vectors of features;
 // only tokens of [begin, end) exist. Then body(i, f, sum).
-template <class Weights, int Q, int F, bool kAll, class S, class Body>
-INLINE void weighted_sums(const S* const* weights, int64_t weight, const S* const* tokens, int64_t token, int64_t rows,
+template <class Weights, int Q, int F, bool kAll, class E, class Body>
+INLINE void weighted_sums(const E* const* weights, int64_t weight, const E* const* tokens, int64_t token, int64_t rows,
                           int64_t kernel, int64_t begin, int64_t end, int64_t dim, Prefetch& prefetch, Body body) {
-  constexpr int kL = kLanes<S>;
-  Vector<S> sums[Q][F];
-  UNROLLED for (int i = 0; i < Q; ++i) UNROLLED for (int f = 0; f < F; ++f) sums[i][f] = Vector<S>{};
+  constexpr int kL = kLanes<Sum<E>>;
+  Vector<Sum<E>> sums[Q][F];
+  UNROLLED for (int i = 0; i < Q; ++i) UNROLLED for (int f = 0; f < F; ++f) sums[i][f] = Vector<Sum<E>>{};
   for (int64_t m = 0; m < rows; ++m) {
-    const S *w = weights[m] + weight, *x = tokens[m] + token;
+    const E *w = weights[m] + weight, *x = tokens[m] + token;
     const auto add = [&](int64_t t, int first, int last) INLINED {
       if (kAll || (t >= begin && t < end)) {
-        Vector<S> features[F];
+        decltype(load(x, Full{})) features[F];
         UNROLLED for (int f = 0; f < F; ++f) features[f] = load(x + f * kL, Full{});
         UNROLLED for (int i = 0; i < Q; ++i) {
           if (i < first || i > last) continue;
-          const Vector<S> factor = w[i * Weights::kSum] - Vector<S>{};
-          UNROLLED for (int f = 0; f < F; ++f) sums[i][f] += factor * features[f];
+          const auto factor = splat(w + i * Weights::kSum);
+          UNROLLED for (int f = 0; f < F; ++f) sums[i][f] = multiply_add(sums[i][f], factor, features[f]);
         }
       }
       w += Weights::kToken, x += dim;
@@ -418,7 +492,7 @@ INLINE void weighted_sums(const S* const* weights, int64_t weight, const S* cons
     prefetch.some<kPrefetchLines>();
     UNROLLED for (int t = 0; t < Q; ++t) {
       // The next sums begin with Q tokens that these do not see.
-      UNROLLED for (int f = 0; f < F * kL; f += 64 / int(sizeof(S))) __builtin_prefetch(x + (Q + kernel - 1) * dim + f, 0, 3);
+      UNROLLED for (int f = 0; f < F * kL; f += 64 / int(sizeof(E))) __builtin_prefetch(x + (Q + kernel - 1) * dim + f, 0, 3);
       add(t, 0, t);
     }
     for (int64_t t = Q; t < kernel; ++t) add(t, 0, Q - 1);
@@ -428,11 +502,11 @@ INLINE void weighted_sums(const S* const* weights, int64_t weight, const S* cons
 }
 
 // The same over all features.
-template <class Weights, int Q, bool kAll, class S, class Body>
-__attribute__((noinline)) void all_weighted_sums(const S* const* weights, int64_t weight, const S* const* tokens, int64_t token,
+template <class Weights, int Q, bool kAll, class E, class Body>
+__attribute__((noinline)) void all_weighted_sums(const E* const* weights, int64_t weight, const E* const* tokens, int64_t token,
                                                  int64_t rows, int64_t kernel, int64_t begin, int64_t end, int64_t dim,
                                                  Prefetch& prefetch, Body body) {
-  constexpr int kL = kLanes<S>;
+  constexpr int kL = kLanes<Sum<E>>;
   constexpr int kMost = kVectorBytes == 64 ? 4 : 2;  // Q·kMost sums in registers, of 32 or 16
   const auto some = [&](auto vectors, int64_t d) INLINED {
     weighted_sums<Weights, Q, decltype(vectors)::value, kAll>(
@@ -458,15 +532,15 @@ INLINE void for_each_sums(int64_t count, int64_t kernel, Body body) {
 
 // ---- forward -----------------------------------------------------------------------------------------------------------------
 // logits·log2(e) of R rows of queries against one row of keys, weights[j][offset][column], and their running maximum.
-template <int R, int C, class S>
-__attribute__((noinline)) void logits(const S* const* queries, const S* const* factors, const S* keys, const S* lengths,
+template <int R, int C, class E, class S>
+__attribute__((noinline)) void logits(const E* const* queries, const S* const* factors, const E* keys, const S* lengths,
                                       const S* visible, int64_t width, int64_t dim, int64_t groups, int64_t first,
                                       S* const* weights, S* const* tops) {
   for (int64_t column = 0; column < groups * kLanes<S>; column += kLanes<S>) {
     Vector<S> sums[R][C];
-    const S* q[R];
+    const E* q[R];
     UNROLLED for (int j = 0; j < R; ++j) q[j] = queries[j] + column;
-    products<S, R, C>(q, keys + first + column, width, dim, sums);
+    products<E, R, C>(q, keys + first + column, width, dim, sums);
     UNROLLED for (int j = 0; j < R; ++j) {
       const Vector<S> factor = load(factors[j] + column, Full{});
       Vector<S> top = load(tops[j] + column, Full{});
@@ -481,81 +555,131 @@ __attribute__((noinline)) void logits(const S* const* queries, const S* const* f
   }
 }
 
-// weights = 2^(weights − top), their sum's inverse, and lse, of one vector of queries.
+// 2^(logits − top) as weights, both [row][offset][column], the inverse of their sum, and lse, of one vector of queries.
 template <class S>
-INLINE void exponentials(S* weights, int64_t keys, Vector<S> top, S* inverse, S* lse) {
+INLINE void exponentials(const S* logits, S* weights, int64_t low, int64_t rows, int64_t kernel, Vector<S> top, S* inverse, S* lse) {
+  (void)low;
   top = (top == -S(INFINITY)) ? Vector<S>{} : top;  // a query without any key
   Vector<S> sum = {};
-  for (int64_t i = 0; i < keys; ++i) {
-    const Vector<S> e = exp2(load(weights + i * kStrip, Full{}) - top);
+  for (int64_t i = 0; i < rows * kernel * kStrip; i += kStrip) {
+    const Vector<S> e = exp2(load(logits + i, Full{}) - top);
     sum += e;
-    store(weights + i * kStrip, e, Full{});
+    store(weights + i, e, Full{});
   }
   store(inverse, (sum == 0) ? Vector<S>{} : S(1) / sum, Full{});
   store(lse, log(sum) + top * S(kLn2), Full{});
 }
 
+#if defined(__AVX512BF16__)
+// The same in pairs of rows of the image, (0, 1), (2, 3), …, from that of row `low` on; a row outside the window weighs nothing.
+INLINE void exponentials(const float* logits, Pair* weights, int64_t low, int64_t rows, int64_t kernel, FloatVector top,
+                         float* inverse, float* lse) {
+  top = (top == -INFINITY) ? FloatVector{} : top;
+  FloatVector sum = {};
+  for (int64_t m = -(low % 2); m < rows; m += 2)
+    for (int64_t n = 0; n < kernel; ++n, weights += kStrip) {
+      UintVector halves[2] = {};
+      for (int64_t half = 0; half < 2; ++half) {
+        if (m + half < 0 || m + half >= rows) continue;
+        const FloatVector e = exp2(load(logits + ((m + half) * kernel + n) * kStrip, Full{}) - top);
+        sum += e;
+        halves[half] = rounded(e);
+      }
+      store(weights, halves[0] | halves[1] << 16);
+    }
+  store(inverse, (sum == 0) ? FloatVector{} : 1 / sum, Full{});
+  store(lse, log(sum) + top * float(kLn2), Full{});
+}
+#endif
+
 template <class T>
 struct Forward {
   using S = Scalar<T>;
   static constexpr int kL = kLanes<T>;
+  using E = typename RingOf<T>::Element;
+  static constexpr int kPack = kPerElement<E>;  // numbers in an element
   const Call<S>& call;
   const NeighborhoodAttention& a;
-  const int64_t slots, together;  // rows in a ring; heads whose rings share the second-level cache
+  // Rows in a ring of keys; elements in a ring of values along the rows, and in a window; heads whose rings share the cache.
+  const int64_t slots, value_slots, window_rows, together;
   Reader<T> reader;
   Columns<S> columns;
-  Scratch<S> keys_, values_, lengths_, queries_, factors_;  // of each head
-  Scratch<S> weights, tops, inverse, lse, visible_;
-  Scratch<const S*> weights_seen_, values_seen_;
+  Scratch<E> keys_, values_, queries_;  // of each head
+  Scratch<S> lengths_, factors_;
+  Scratch<S> logits_, tops, inverse, lse, visible_;
+  Scratch<E> weights_;
+  Scratch<const E*> weights_seen_, values_seen_;
   Prefetch prefetch;
 
   explicit Forward(const Call<S>& c)
-      : call(c), a(c.a), slots(ring_rows(c)), together(heads_together(c)), reader(c), columns(a.columns),
-        keys_(together * slots * a.dim * c.width), values_(together * slots * c.width * a.v_dim),
-        lengths_(together * slots * c.width), queries_(together * kForwardRows * a.dim * kStrip),
-        factors_(together * kForwardRows * kStrip), weights(kForwardRows * a.rows.kernel * a.columns.kernel * kStrip),
+      : call(c), a(c.a), slots(ring_rows(c)), value_slots((slots - 1) / kPack + kPack),
+        window_rows((a.rows.kernel - 1) / kPack + kPack), together(heads_together(c)), reader(c), columns(a.columns),
+        keys_(together * slots * a.dim / kPack * c.width), values_(together * value_slots * c.width * a.v_dim),
+        queries_(together * kForwardRows * a.dim / kPack * kStrip), lengths_(together * slots * c.width),
+        factors_(together * kForwardRows * kStrip), logits_(kForwardRows * a.rows.kernel * a.columns.kernel * kStrip),
         tops(kForwardRows * kStrip), inverse(kForwardRows * kStrip), lse(kForwardRows * kStrip),
-        visible_(a.key_mask ? slots * c.width : 0), weights_seen_(kForwardRows * a.rows.kernel),
-        values_seen_(kForwardRows * a.rows.kernel) {}
+        visible_(a.key_mask ? slots * c.width : 0), weights_(kForwardRows * window_rows * a.columns.kernel * kStrip),
+        weights_seen_(kForwardRows * window_rows), values_seen_(kForwardRows * window_rows) {}
 
   static int64_t ring_rows(const Call<S>& c) { return c.a.rows.kernel + kForwardRows - 1; }
 
   // All heads of a token lie together and are best read together.
   static int64_t heads_together(const Call<S>& c) {
-    const int64_t bytes = ring_rows(c) * c.width * (c.a.dim + c.a.v_dim) * int64_t(sizeof(S));
+    const int64_t bytes = ring_rows(c) * c.width * (c.a.dim + c.a.v_dim) / kPack * int64_t(sizeof(E));
     return larger(1, smaller(c.a.heads, kRingBytes / bytes));
   }
 
-  S* keys(int64_t n, int64_t slot) const { return keys_.get() + (n * slots + slot) * a.dim * call.width; }
+  E* keys(int64_t n, int64_t slot) const { return keys_.get() + (n * slots + slot) * a.dim / kPack * call.width; }
   S* lengths(int64_t n, int64_t slot) const { return lengths_.get() + (n * slots + slot) * call.width; }
-  S* values(int64_t n, int64_t slot) const { return values_.get() + (n * slots + slot) * call.width * a.v_dim; }
-  S* queries(int64_t n, int64_t j) const { return queries_.get() + (n * kForwardRows + j) * a.dim * kStrip; }
+  E* values(int64_t n, int64_t y) const {
+    return values_.get() + (n * value_slots + y / kPack % value_slots) * call.width * a.v_dim;
+  }
+  E* queries(int64_t n, int64_t j) const { return queries_.get() + (n * kForwardRows + j) * a.dim / kPack * kStrip; }
   S* factors(int64_t n, int64_t j) const { return factors_.get() + (n * kForwardRows + j) * kStrip; }
-  S* row_weights(int64_t j, int64_t m) const { return weights.get() + (j * a.rows.kernel + m) * a.columns.kernel * kStrip; }
+  S* row_logits(int64_t j, int64_t m) const { return logits_.get() + (j * a.rows.kernel + m) * a.columns.kernel * kStrip; }
+  E* row_weights(int64_t j, int64_t m) const { return weights_.get() + (j * window_rows + m) * a.columns.kernel * kStrip; }
   S* visible(int64_t slot) const { return a.key_mask ? visible_.get() + slot * call.width : nullptr; }
 
-  T* output(int64_t b, int64_t row, int64_t column, int64_t head) const {
-    const int64_t token = (b * a.rows.length + row) * a.columns.length + columns.query.get()[column];
-    return static_cast<T*>(a.out) + (token * a.heads + head) * a.v_dim;
+  // kL queries or keys to the columns of a ring from `target` on; their inverse lengths.
+  INLINE Vector<S> load_tokens(const T* const* raw, int64_t row, const int64_t* x, int64_t head, E* target, int64_t width) {
+    if constexpr (kPack == 1) {
+      return reader.template prepare<false>(raw, row, x, head, reader.staging.get(), target, width);
+    } else {
+      S* features = reader.transposed.get();
+      const Vector<S> inverse = reader.template prepare<false>(raw, row, x, head, reader.staging.get(), features, kL);
+      for (int64_t d = 0; d < a.dim / 2; ++d)
+        store(target + d * width,
+              rounded(load(features + 2 * d * kL, Full{})) | rounded(load(features + (2 * d + 1) * kL, Full{})) << 16);
+      return inverse;
+    }
+  }
+
+  // A value of row y to a ring; `fresh`: what the ring holds beside it is not of this image.
+  INLINE void load_value(const T* x, E* target, int64_t y, bool fresh) {
+    if constexpr (kPack == 1) {
+      copy_token(x, target, a.v_dim);
+    } else {
+      for (int64_t d = 0; d < a.v_dim; d += kL) {
+        const UintVector bits = (UintVector)load(x + d, Full{});  // bfloat16 in the upper half
+        if (y % 2 == 0) store(target + d, bits >> 16);
+        else store(target + d, fresh ? bits : load(target + d, Full{}) | bits);
+      }
+    }
   }
 
   // Row y of keys and values, of heads [head, head + count).
-  void load_keys(const Axis& rows, int64_t b, int64_t y, int64_t head, int64_t count) {
+  void load_keys(const Axis& rows, int64_t b, int64_t y, int64_t head, int64_t count, bool fresh) {
     const int64_t slot = y % slots, row = rows.image(y);
     const T* tokens[kL];
     for (int64_t begin = 0; begin < columns.keys; begin += kL) {
       const int64_t* x = columns.key.get() + begin;
       for (int64_t n = 0; n < count; ++n) {
         for (int i = 0; i < kL; ++i) tokens[i] = reader.key(a.k, b, row, x[i], head + n);
-        const Vector<S> inverse =
-            reader.template prepare<false>(tokens, row, x, head + n, reader.staging.get(), keys(n, slot) + begin, call.width);
-        store(lengths(n, slot) + begin, inverse, Full{});
+        store(lengths(n, slot) + begin, load_tokens(tokens, row, x, head + n, keys(n, slot) + begin, call.width), Full{});
         for (int64_t i = 0; i < smaller(kL, columns.keys - begin); ++i)
-          copy_token(reader.key(a.v, b, row, x[i], head + n), values(n, slot) + (begin + i) * a.v_dim, a.v_dim);
+          load_value(reader.key(a.v, b, row, x[i], head + n), values(n, y) + (begin + i) * a.v_dim, y, fresh);
       }
-      if (a.key_mask != nullptr)
-        for (int i = 0; i < kL; ++i)
-          visible(slot)[begin + i] = reader.visible(b, row, x[i]);
+      for (int i = 0; i < kL && a.key_mask != nullptr; ++i) visible(slot)[begin + i] = reader.visible(b, row, x[i]);
     }
   }
 
@@ -566,8 +690,7 @@ struct Forward {
       const int64_t* x = columns.query.get() + begin;
       for (int64_t n = 0; n < count; ++n) {
         for (int t = 0; t < kL; ++t) tokens[t] = at<const T>(a.q, b, row, x[t], head + n);
-        const Vector<S> inverse =
-            reader.template prepare<false>(tokens, row, x, head + n, reader.staging.get(), queries(n, j) + begin, kStrip);
+        const Vector<S> inverse = load_tokens(tokens, row, x, head + n, queries(n, j) + begin, kStrip);
         store(factors(n, j) + begin, inverse * (logit_factor<S>(a, head + n) * S(kLog2E)), Full{});
       }
     }
@@ -575,36 +698,31 @@ struct Forward {
 
   // What the next rows will read, and these write.
   void look_ahead(const Axis& rows, const Axis& axis, int64_t b, int64_t i, int64_t have, int64_t head, int64_t count) {
+    const int64_t begin = columns.begin, end = begin + columns.queries;
+    const int64_t left = larger(0, begin - axis.kernel / 2), right = smaller(axis.length, end + axis.kernel);
     prefetch.clear();
-    const int64_t x0 = larger(0, columns.begin - axis.kernel / 2), begin = columns.begin;
-    const int64_t x1 = smaller(axis.length, begin + columns.queries + axis.kernel), end = begin + columns.queries;
-    const int64_t bytes = count * a.dim * int64_t(sizeof(T)), value_bytes = count * a.v_dim * int64_t(sizeof(T));
-    const auto add = [&](const Tokens& t, int64_t y, int64_t from, int64_t to, int64_t size) {
-      const int64_t stride = t.width_stride * axis.step * int64_t(sizeof(T));
-      prefetch.add(at<const T>(t, b, rows.image(y), axis.image(from), head), stride, size, to - from);
-    };
     for (int64_t j = 0; j < kForwardRows; ++j) {
-      if (have + j < rows.length) add(a.k, have + j, x0, x1, bytes), add(a.v, have + j, x0, x1, value_bytes);
-      if (i + kForwardRows + j < rows.length) add(a.q, i + kForwardRows + j, begin, end, bytes);
-      if (i + j < rows.length)
-        prefetch.add(output(b, rows.image(i + j), 0, head), a.heads * a.v_dim * axis.step * int64_t(sizeof(T)), value_bytes,
-                     columns.queries);
+      ask<T>(prefetch, a.k, rows, axis, b, have + j, left, right, head, count * a.dim);
+      ask<T>(prefetch, a.v, rows, axis, b, have + j, left, right, head, count * a.v_dim);
+      ask<T>(prefetch, a.q, rows, axis, b, i + kForwardRows + j, begin, end, head, count * a.dim);
+      ask<T>(prefetch, call.out, rows, axis, b, i + j, begin, end, head, count * a.v_dim);
     }
   }
 
   // The logits of R rows of queries from the j-th on against row y of keys.
   template <int R>
-  void row_logits(const Axis& rows, int64_t i, int64_t n, int64_t j, int64_t y) {
-    const S *q[R], *f[R];
-    S *w[R], *t[R];
+  void attend_to_row(const Axis& rows, int64_t i, int64_t n, int64_t j, int64_t y) {
+    const E* q[R];
+    const S* f[R];
+    S *l[R], *t[R];
     for (int m = 0; m < R; ++m) {
       q[m] = queries(n, j + m), f[m] = factors(n, j + m), t[m] = tops.get() + (j + m) * kStrip;
-      w[m] = row_weights(j + m, y - rows.low(i + j + m));
+      l[m] = row_logits(j + m, y - rows.low(i + j + m));
     }
     const int64_t slot = y % slots;
     for_each_offsets(a.columns.kernel, [&](auto offsets, int64_t first) INLINED {
-      logits<R, decltype(offsets)::value, S>(q, f, keys(n, slot), lengths(n, slot), visible(slot), call.width, a.dim,
-                                             columns.groups, first, w, t);
+      logits<R, decltype(offsets)::value>(q, f, keys(n, slot), lengths(n, slot), visible(slot), call.width, a.dim / kPack,
+                                          columns.groups, first, l, t);
     });
   }
 
@@ -618,38 +736,38 @@ struct Forward {
       while (y >= rows.low(i + first) + rows.kernel) ++first;
       while (y < rows.low(i + last)) --last;
       switch (last - first + 1) {
-        case 1: row_logits<1>(rows, i, n, first, y); break;
-        case 2: row_logits<2>(rows, i, n, first, y); break;
-        case 3: if constexpr (kForwardRows >= 3) row_logits<3>(rows, i, n, first, y); break;
+        case 1: attend_to_row<1>(rows, i, n, first, y); break;
+        case 2: attend_to_row<2>(rows, i, n, first, y); break;
+        case 3: if constexpr (kForwardRows >= 3) attend_to_row<3>(rows, i, n, first, y); break;
       }
     }
-    const int64_t window = rows.kernel * a.columns.kernel;
     const S bound = (factor < 0 ? -factor : factor) * S(kLog2E);
     for (int64_t j = 0; j < count; ++j) {
-      for (int64_t c = j * kStrip; c < j * kStrip + columns.groups * kL; c += kL)
-        exponentials(row_weights(j, 0) + c - j * kStrip, window, bounded ? Vector<S>{} + bound : load(tops.get() + c, Full{}),
-                     inverse.get() + c, lse.get() + c);
+      const int64_t low = rows.low(i + j);
+      for (int64_t c = 0; c < columns.groups * kL; c += kL)
+        exponentials(row_logits(j, 0) + c, row_weights(j, 0) + c, low, rows.kernel, a.columns.kernel,
+                     bounded ? Vector<S>{} + bound : load(tops.get() + j * kStrip + c, Full{}), inverse.get() + j * kStrip + c,
+                     lse.get() + j * kStrip + c);
       S* target = static_cast<S*>(a.lse) + (b * a.rows.length + rows.image(i + j)) * a.columns.length * a.heads + head;
       for (int64_t c = 0; c < columns.queries; ++c) target[columns.query.get()[c] * a.heads] = lse.get()[j * kStrip + c];
     }
-    const S **weights_seen = weights_seen_.get(), **values_seen = values_seen_.get();
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t m = 0; m < rows.kernel; ++m) {
-        weights_seen[j * rows.kernel + m] = row_weights(j, m);
-        values_seen[j * rows.kernel + m] = values(n, (rows.low(i + j) + m) % slots);
-      }
     for_each_sums(columns.queries, a.columns.kernel, [&](auto queries, int64_t begin) {
-      for (int64_t j = 0; j < count; ++j) {
-        const S* scale = inverse.get() + j * kStrip;
-        T* out = output(b, rows.image(i + j), 0, head);
-        const int64_t stride = a.columns.dilation * a.heads * a.v_dim;
-        all_weighted_sums<ByQuery, decltype(queries)::value, true>(
-            weights_seen + j * rows.kernel, begin, values_seen + j * rows.kernel, begin, rows.kernel, a.columns.kernel, 0, 0,
-            a.v_dim, prefetch, [&](int64_t q, int64_t f, auto sum) INLINED {
-              store(out + (begin + q) * stride + f, sum * scale[begin + q], Full{});
-            });
-      }
+      for (int64_t j = 0; j < count; ++j) sum_values<decltype(queries)::value>(rows, b, i, j, n, head, begin);
     });
+  }
+
+  // The outputs of Q queries of row i + j.
+  template <int Q>
+  void sum_values(const Axis& rows, int64_t b, int64_t i, int64_t j, int64_t n, int64_t head, int64_t begin) {
+    const E **weights = weights_seen_.get(), **seen = values_seen_.get();
+    const int64_t low = rows.low(i + j), count = (low + rows.kernel - 1) / kPack - low / kPack + 1;
+    for (int64_t m = 0; m < count; ++m) weights[m] = row_weights(j, m), seen[m] = values(n, (low / kPack + m) * kPack);
+    const S* scale = inverse.get() + j * kStrip + begin;
+    T* out = at<T>(call.out, b, rows.image(i + j), columns.query.get()[begin], head);
+    const int64_t stride = a.columns.dilation * call.out.width_stride;
+    all_weighted_sums<ByQuery, Q, true>(
+        weights, begin, seen, begin, count, a.columns.kernel, 0, 0, a.v_dim, prefetch,
+        [&](int64_t q, int64_t f, auto sum) INLINED { store(out + q * stride + f, sum * scale[q], Full{}); });
   }
 
   // Blocks [begin, end) of kForwardRows rows of one strip of one class of image b.
@@ -659,8 +777,9 @@ struct Forward {
     int64_t have = -1;
     for (int64_t i = begin * kForwardRows; i < smaller(rows.length, end * kForwardRows); i += kForwardRows) {
       const int64_t queries = smaller(kForwardRows, rows.length - i);
-      if (have < 0) have = rows.low(i);
-      for (; have < rows.low(i + queries - 1) + rows.kernel; ++have) load_keys(rows, b, have, head, count);
+      const int64_t from = have < 0 ? rows.low(i) : -1;
+      if (have < 0) have = from;
+      for (; have < rows.low(i + queries - 1) + rows.kernel; ++have) load_keys(rows, b, have, head, count, have == from);
       for (int64_t j = 0; j < queries; ++j) load_queries(rows, b, i + j, j, head, count);
       look_ahead(rows, axis, b, i, have, head, count);
       for (int64_t n = 0; n < count; ++n) attend(rows, b, i, queries, n, head + n);
@@ -1001,6 +1120,22 @@ struct Backward {
     }
   }
 
+  // What the next rows will read, and these write.
+  void look_ahead(const Axis& rows, const Axis& axis, int64_t b, int64_t i, int64_t have, int64_t head) {
+    const int64_t begin = columns.begin, end = begin + columns.queries;
+    const int64_t left = larger(0, begin - axis.kernel / 2), right = smaller(axis.length, end + axis.kernel);
+    prefetch.clear();
+    for (int64_t j = 0; j < kR; ++j) {
+      ask<T>(prefetch, g.dq, rows, axis, b, i + j, begin, end, head, a.dim);
+      ask<T>(prefetch, g.dk, rows, axis, b, i + j - rows.kernel / 2, begin, end, head, a.dim);
+      ask<T>(prefetch, g.dv, rows, axis, b, i + j - rows.kernel / 2, begin, end, head, a.v_dim);
+      ask<T>(prefetch, a.k, rows, axis, b, have + j, left, right, head, a.dim);
+      ask<T>(prefetch, a.v, rows, axis, b, have + j, left, right, head, a.v_dim);
+      ask<T>(prefetch, a.q, rows, axis, b, i + kR + j, begin, end, head, a.dim);
+      ask<T>(prefetch, g.dout, rows, axis, b, i + kR + j, begin, end, head, a.v_dim);
+    }
+  }
+
   // One strip of one head; dscale has a number for each row of queries.
   void march(const Axis& rows, const Axis& axis, const Segment& segment, int64_t b, int64_t strip, int64_t head, double* dscale) {
     columns.place(axis, strip);
@@ -1011,7 +1146,7 @@ struct Backward {
       const int64_t count = smaller(kR, segment.last_query - i);
       for (; have < i + count - above + rows.kernel - 1; ++have) load_keys(rows, b, have, head);
       for (int64_t j = 0; j < count; ++j) load_queries(rows, b, i + j, j, head);
-      prefetch.clear();
+      look_ahead(rows, axis, b, i, have, head);
       differentiate(rows, i, count, head);
       for (int64_t j = 0; j < count; ++j) {
         double dfactor = 0;
@@ -1066,6 +1201,15 @@ void backward(const NeighborhoodAttentionBackward& g, int threads) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+// Of this instruction set only what the one below has not: the forward pass of bfloat16.
+template <>
+bool neighborhood_attention_strips_forward<Avx512Bf16>(const NeighborhoodAttention& args, int threads) {
+  if (args.dtype != DType::bfloat16 || !fits(args)) return false;
+  forward<BFloat16>(args, threads);
+  return true;
+}
+#else
 template <class InstructionSet>
 bool neighborhood_attention_strips_forward(const NeighborhoodAttention& args, int threads) {
   if (!fits(args)) return false;
@@ -1082,5 +1226,6 @@ bool neighborhood_attention_strips_backward(const NeighborhoodAttentionBackward&
 
 template bool neighborhood_attention_strips_forward<Native>(const NeighborhoodAttention&, int);
 template bool neighborhood_attention_strips_backward<Native>(const NeighborhoodAttentionBackward&, int);
+#endif
 
 }  // namespace hdit
