@@ -9,7 +9,7 @@ help:
 	@echo "make reproduce   set up, check every op, print the FLOP table, draw the scaling plots, time the ops"
 	@echo "make test        set up, run all tests"
 	@echo "make stress      the same tests on 10 000 random geometries"
-	@echo "make bench       every benchmark; rows into benchmarks/results/"
+	@echo "make bench       every benchmark; rows and a roofline picture into benchmarks/results/"
 	@echo "make lint        ruff check and format"
 	@echo "make cuda-check  compile every CUDA kernel for sm_80 and sm_90a; registers, spills, shared memory"
 
@@ -27,7 +27,7 @@ reproduce: setup
 	$(BIN)/hdit flops --csv runs/flops.csv
 	$(BIN)/hdit scaling --output runs/scaling --budget-minutes 2.5
 	$(RUN) -m pytest benchmarks --benchmark-only -q --results runs/benchmarks \
-		-k "float32 and (64x64 or 4096x) or 128x128 and sampling" --disable-warnings
+		-k "float32 and (64x64 or 4096x) and not products or 128x128 and sampling and B/4" --disable-warnings
 	@echo "plots: runs/scaling/*.png   tables: runs/flops.csv runs/benchmarks/*.csv"
 
 test: setup
@@ -38,6 +38,7 @@ stress: setup
 
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only -q --disable-warnings
+	$(RUN) benchmarks/roofline.py
 
 lint: setup
 	$(BIN)/ruff check .

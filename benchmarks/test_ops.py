@@ -1,75 +1,85 @@
-"""Every op × backend × timed shape, forward and forward + backward, beside the eager and the compiled reference."""
+"""Every op × backend × timed shape, forward and forward + backward, beside the eager and the compiled reference, on one
+thread and on all; neighborhood attention beside its peers too, with the peak memory of a call at the largest shape."""
 
 import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import DEVICE
+from calls import ATTENTION, COMPILED, EAGER, backends, calls, function
+from conftest import ALL_THREADS, DEVICE, THREADS
+from memory import peak_memory
+from peers import PEERS, errors
 
-import hdit_kernels
 from hdit_kernels import cases
-from hdit_kernels import op as machinery
 
-COMPILED = "compiled reference"
-EAGER = "eager idiom"  # what one writes without us, where that is not the reference
-IDIOMS = {
-    "geglu": lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]),
-    "linear_geglu": lambda x, weight: IDIOMS["geglu"](F.linear(x, weight)),
-    "ada_rms_norm": lambda x, scale, eps: F.rms_norm(x, x.shape[-1:], eps=eps) * scale[:, None],
-}
 DTYPES = (torch.float32, torch.bfloat16)
-CASES = [(case, dtype) for case in cases.timed() for dtype in DTYPES]
+DIRECTIONS = ("forward", "forward+backward")
+CASES = cases.timed()
+SMALLEST, *_, LARGEST = [case for case in CASES if case.op == ATTENTION]
 
 
-def backends(op: str) -> list[str]:
-    """Ours, best first, then the peers."""
-    present = [b for b in hdit_kernels.available_backends(op, DEVICE) if b != "reference"]
-    return [*present, *([EAGER] if op in IDIOMS else []), "reference", COMPILED]
+def why_not(case, dtype, threads, backend, direction) -> str | None:
+    """Why a row is left out: where PyTorch cannot, or where it would take minutes. None: it is timed."""
+    if backend in PEERS and not PEERS[backend].trains and direction != "forward":
+        return "no backward pass on a CPU"
+    if case.op != ATTENTION or DEVICE != "cpu" or case == SMALLEST:
+        return None
+    some = dtype is not torch.float32 or threads != ALL_THREADS
+    if backend == "FlexAttention" and (some or case == LARGEST):
+        return "beyond 64² only 128², in float32, on all threads: its mask is made of all pairs of tokens"
+    if backend == "shifted products" and some:
+        return "beyond 64² only in float32, on all threads: compiling it takes more than a minute each time"
+    if backend == COMPILED and (some or case == LARGEST):
+        return "beyond 64² only 128², in float32, on all threads: it holds gigabytes and is compiled each time"
+    if backend == "reference" and some and case == LARGEST:
+        return "at the largest only in float32, on all threads: it takes seconds"
+    return None
 
 
-@functools.cache
-def check(case, dtype, backend: str) -> None:
-    """A backend that does not match the reference is not timed."""
-    wrong = {what: error for what, error in cases.compare(case, dtype, DEVICE, backend).items() if not error <= 1}
+ALL = [
+    (case, dtype, threads, backend, direction)
+    for case in CASES
+    for dtype in DTYPES
+    for threads in THREADS
+    for backend in backends(case.op, DEVICE)
+    for direction in DIRECTIONS
+]
+RUNS = [run for run in ALL if why_not(*run) is None]
+LEFT_OUT = {f"{run[3]}: {why_not(*run)}": None for run in ALL if why_not(*run)}
+
+
+@functools.lru_cache(maxsize=1)
+def check(case, dtype, backend: str, threads: int) -> None:
+    """A backend or peer that does not match the reference is not timed."""
+    if case.op == ATTENTION and DEVICE == "cpu":  # in bounded memory
+        trains = backend not in PEERS or PEERS[backend].trains
+        found = errors(function(case, backend, dtype, threads), case, dtype, trains)
+    else:
+        found = cases.compare(case, dtype, DEVICE, backend)
+    wrong = {what: error for what, error in found.items() if not error <= 1}
     if wrong:
         pytest.fail(f"not timed: {backend} does not match the reference of {case}: {wrong} (times the allowed error)")
 
 
-def calls(case, dtype, backend):
-    """The function to time in each direction, as a user would call it."""
-    args, kwargs = case.arguments(dtype, DEVICE)
-    name = "reference" if backend == COMPILED else backend
-    leaves = [
-        t.requires_grad_() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()
-    ]
-    function = IDIOMS[case.op] if backend == EAGER else functools.partial(case.function, **kwargs, backend=name)
-    if backend == COMPILED:
-        torch._dynamo.reset()
-        function = torch.compile(function, fullgraph=True)
-
-    def forward():
-        with torch.no_grad():
-            return function(*args)
-
-    dys = [torch.randn_like(o) for o in machinery._tuple(forward())]
-
-    def both():
-        return torch.autograd.grad(machinery._tuple(function(*args)), leaves, dys)
-
-    return {"forward": forward, "forward+backward": both}
+def label(case, dtype, threads, backend, direction) -> str:
+    return f"{case}-{str(dtype).removeprefix('torch.')}-{threads}-thread{'s' * (threads > 1)}-{backend}-{direction}"
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize(
-    ("case", "dtype", "backend"),
-    [pytest.param(c, d, b, id=f"{c}-{str(d).removeprefix('torch.')}-{b}") for c, d in CASES for b in backends(c.op)],
+    ("case", "dtype", "threads", "backend", "direction"),
+    [pytest.param(*run, id=label(*run)) for run in RUNS],
+    indirect=["threads"],
 )
-def test_op(record, case, dtype, backend, direction):
-    if backend not in (EAGER, COMPILED):
-        check(case, dtype, backend)
-    call = calls(case, dtype, backend)[direction]
+def test_op(request, record, case, dtype, threads, backend, direction):
+    if case.op == ATTENTION:
+        request.config.left_out |= LEFT_OUT
+    if backend not in (EAGER, COMPILED) and not (case.op == ATTENTION and backend == "reference"):
+        check(case, dtype, backend, threads)
+    call = calls(case, backend, dtype, DEVICE)[direction]
     both = direction != "forward"
     size = (case.tensors[0] + both * case.tensors[1]) * dtype.itemsize
     flops = 2 * (case.macs[0] + both * case.macs[1])
-    record("ops", str(case), direction, dtype, backend, call, size=size, flops=flops)
+    memory = None
+    if case == LARGEST and dtype is torch.float32 and threads == ALL_THREADS and DEVICE == "cpu":
+        memory = peak_memory(256, "float32", backend, direction, threads)
+    record("ops", str(case), direction, dtype, backend, call, size=size, flops=flops, memory=memory)

@@ -12,6 +12,7 @@
 #include "ada_rms_norm.h"
 #include "geglu.h"
 #include "neighborhood_attention.h"
+#include "peak.h"
 
 namespace py = pybind11;
 using namespace hdit;
@@ -34,6 +35,7 @@ struct InstructionSet {
   decltype(&ada_rms_norm_backward<Baseline>) ada_rms_norm_backward;
   decltype(&neighborhood_attention_forward<Baseline>) neighborhood_attention_forward;
   decltype(&neighborhood_attention_backward<Baseline>) neighborhood_attention_backward;
+  decltype(&peak_float32<Baseline>) peak_float32, peak_bfloat16;
 };
 
 template <class I>
@@ -44,7 +46,9 @@ InstructionSet instruction_set(const char* name) {
           ada_rms_norm_forward<I>,
           ada_rms_norm_backward<I>,
           neighborhood_attention_forward<I>,
-          neighborhood_attention_backward<I>};
+          neighborhood_attention_backward<I>,
+          peak_float32<I>,
+          peak_bfloat16<I>};
 }
 
 #if defined(HDIT_AVX512_BF16)
@@ -69,6 +73,7 @@ std::vector<std::string> cpu_features() {
   return found;
 }
 #else
+#define CPU_HAS(feature) false
 std::vector<std::string> cpu_features() { return {}; }
 #endif
 
@@ -251,6 +256,12 @@ void bind_cpu(py::module_ m) {
   }, "Instruction sets that this build and this CPU have, the best one last.");
   m.def("instruction_set", [] { return std::string(in_use->name); }, "The instruction set in use; the best one at import.");
   m.def("set_instruction_set", &set_instruction_set, "name"_a, "Use another instruction set from now on (for tests).");
+  m.def("peak_flops", [](const std::string& dtype, int threads, double seconds) {
+    check_threads("peak_flops", threads);
+    if (dtype == "float32") return in_use->peak_float32(threads, seconds);
+    if (dtype == "bfloat16") return CPU_HAS("avx512bf16") ? in_use->peak_bfloat16(threads, seconds) : 0.0;
+    throw py::value_error("peak_flops: dtype is '" + dtype + "', but must be 'float32' or 'bfloat16'");
+  }, "dtype"_a, "threads"_a, "seconds"_a = 0.05, "FLOP/s of multiply-adds in registers; 0 where there are none.", Unlocked());
 
   m.def("geglu_forward", [](Address x, Address y, int64_t rows, int64_t n, int64_t x_row_stride, int dtype, int threads) {
     check_threads("geglu_forward", threads);

@@ -204,10 +204,12 @@ TESTED: tuple[Case, ...] = (
 def timed() -> tuple[Case, ...]:
     heads, dim = LEVEL0
     cases = []
+    for side in (64, 128, 256):
+        options: dict[str, Any] = dict(cosine=True, rope=dim // 8, lse=False)
+        label, grid = f"{side}x{side}x{heads}x{dim} k7", (1, side, side)
+        cases.append(attention_case(label, grid, heads, dim, packed=True, **options))
     for side in (32, 64, 128):
         grid = (1, side, side)
-        options: dict[str, Any] = dict(cosine=True, rope=dim // 8, lse=False)
-        cases.append(attention_case(f"{side}x{side}x{heads}x{dim} k7", grid, heads, dim, packed=True, **options))
         cases.append(rope_case(f"{side}x{side}x{heads}x{dim}", grid, heads, dim, dim // 8))
     for tokens, channels in (1, 256), (256, 768), (4096, 128), (65536, 128), (1024, 1024):
         cases.append(geglu_case(f"{tokens}x{6 * channels}", 1, tokens, 6 * channels))
