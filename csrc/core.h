@@ -175,24 +175,62 @@ inline Vector<T> load(const T* p, Full) {
   return to_float(p);
 }
 
+// Missing lanes by masks where the instruction set has them; a copy of variable size is a call.
+#if defined(__AVX512F__)
+template <class T>
+inline Vector<T> load(const T* p, Partial tail) {
+  const unsigned mask = (1u << tail.count) - 1;
+  T lanes[kLanes<T>];
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16(mask), p);
+    std::memcpy(lanes, &bits, sizeof bits);
+  } else if constexpr (sizeof(T) == 4) {
+    const __m512i bits = _mm512_maskz_loadu_epi32(__mmask16(mask), p);
+    std::memcpy(lanes, &bits, sizeof bits);
+  } else {
+    const __m512i bits = _mm512_maskz_loadu_epi64(__mmask8(mask), p);
+    std::memcpy(lanes, &bits, sizeof bits);
+  }
+  return to_float(lanes);
+}
+#else
 template <class T>
 inline Vector<T> load(const T* p, Partial tail) {
   T lanes[kLanes<T>] = {};
   std::memcpy(lanes, p, tail.count * sizeof(T));
   return to_float(lanes);
 }
+#endif
 
 template <class T>
 inline void store(T* p, Vector<T> v, Full) {
   from_float(p, v);
 }
 
+#if defined(__AVX512F__)
+template <class T>
+inline void store(T* p, Vector<T> v, Partial tail) {
+  const unsigned mask = (1u << tail.count) - 1;
+  T lanes[kLanes<T>];
+  from_float(lanes, v);
+  if constexpr (sizeof(T) == 2) {
+    __m256i bits;
+    std::memcpy(&bits, lanes, sizeof bits);
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), bits);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, __mmask16(mask), (__m512i)v);
+  } else {
+    _mm512_mask_storeu_epi64(p, __mmask8(mask), (__m512i)v);
+  }
+}
+#else
 template <class T>
 inline void store(T* p, Vector<T> v, Partial tail) {
   T lanes[kLanes<T>];
   from_float(lanes, v);
   std::memcpy(p, lanes, tail.count * sizeof(T));
 }
+#endif
 
 template <class T, class Body>
 inline void for_each_vector(int64_t n, Body body) {
