@@ -9,6 +9,24 @@ constexpr double kEps = 1e-6;  // in the lengths of q and k, as in the reference
 // cosines and sines stays in the cache. The cut depends on the shape alone, and so do the sums over a piece.
 constexpr int64_t kElementsPerPiece = 8192;
 
+// ---- sizes ---------------------------------------------------------------------------------------------------------------
+// Features of a head, and half of those that turn.
+struct AnySize {
+  int64_t dim, half;
+};
+// HDiT's: known to the compiler, so that its loops are unrolled and its copies are no calls.
+template <int kDim>
+struct FixedSize {
+  static constexpr int64_t dim = kDim, half = kDim / 4;
+};
+
+template <class Body>
+inline void with_size(const CosineRope& a, Body body) {
+  if (a.dim == 64 && a.angles == 8) return body(FixedSize<64>{});
+  if (a.dim == 128 && a.angles == 16) return body(FixedSize<128>{});
+  body(AnySize{a.dim, 2 * a.angles});
+}
+
 // ---- cosines and sines ---------------------------------------------------------------------------------------------------
 // Of (length, heads, angles) angles.
 template <class S>
@@ -36,25 +54,27 @@ class Turns {
       : a_(a), rows_(rows), columns_(columns), cos_(most_columns * a.heads * 2 * a.angles),
         sin_(most_columns * a.heads * 2 * a.angles) {}
 
-  void move_to(int64_t row, int64_t column, int64_t columns) {
-    if (column != column_) copy(columns_, column, 1, a_.angles, columns);
-    if (column != column_ || row != row_) copy(rows_, row, 0, 0, columns);
+  template <class Size>
+  void move_to(int64_t row, int64_t column, int64_t columns, Size size) {
+    if (column != column_) copy(columns_, column, 1, size.half / 2, columns, size);
+    if (column != column_ || row != row_) copy(rows_, row, 0, 0, columns, size);
     row_ = row, column_ = column;
   }
 
-  const S* cos(int64_t column, int64_t head) const { return cos_.get() + (column * a_.heads + head) * 2 * a_.angles; }
-  const S* sin(int64_t column, int64_t head) const { return sin_.get() + (column * a_.heads + head) * 2 * a_.angles; }
+  const S* cos() const { return cos_.get(); }
+  const S* sin() const { return sin_.get(); }
 
  private:
-  void copy(const Rotations<S>& from, int64_t first, int64_t step, int64_t offset, int64_t columns) {
+  template <class Size>
+  void copy(const Rotations<S>& from, int64_t first, int64_t step, int64_t offset, int64_t columns, Size size) {
+    const int64_t heads = a_.heads, angles = size.half / 2;
+    S *cos = cos_.get() + offset, *sin = sin_.get() + offset;
     for (int64_t x = 0; x < columns; ++x)
-      for (int64_t h = 0; h < a_.heads; ++h) {
-        const int64_t source = ((first + x * step) * a_.heads + h) * a_.angles;
-        const int64_t target = (x * a_.heads + h) * 2 * a_.angles + offset;
-        for_each_vector<S>(a_.angles, [&](int64_t i, auto part) {
-          store(cos_.get() + target + i, load(from.cos.get() + source + i, part), part);
-          store(sin_.get() + target + i, load(from.sin.get() + source + i, part), part);
-        });
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t source = ((first + x * step) * heads + h) * angles;
+        std::memcpy(cos, from.cos.get() + source, angles * sizeof(S));
+        std::memcpy(sin, from.sin.get() + source, angles * sizeof(S));
+        cos += size.half, sin += size.half;
       }
   }
 
@@ -64,16 +84,21 @@ class Turns {
   int64_t row_ = -1, column_ = -1;
 };
 
-// ---- one head of one token -----------------------------------------------------------------------------------------------
-// y = factor · R(x / length)
-template <class T>
-inline void prepare(const T* x, const Scalar<T>* cos, const Scalar<T>* sin, int64_t dim, int64_t half, Scalar<T> factor, T* y) {
-  Vector<T> squares = {};
-  for_each_vector<T>(dim, [&](int64_t i, auto part) {
+// ---- one head of one token: `dim` features, of which the first 2·`half` turn -----------------------------------------------
+template <class T, class Size>
+inline Scalar<T> squares(const T* x, Size size) {
+  Vector<T> sum = {};
+  for_each_vector<T>(size.dim, [&](int64_t i, auto part) {
     const auto v = load(x + i, part);
-    squares += v * v;
+    sum += v * v;
   });
-  const Scalar<T> by = factor / std::sqrt(sum_lanes(squares) + Scalar<T>(kEps));
+  return sum_lanes(sum);
+}
+
+// y = by · R(x)
+template <class T, class Size>
+inline void turn(const T* x, const Scalar<T>* cos, const Scalar<T>* sin, Size size, Scalar<T> by, T* y) {
+  const int64_t dim = size.dim, half = size.half;
   for_each_vector<T>(half, [&](int64_t i, auto part) {
     const auto a = load(x + i, part) * by, b = load(x + half + i, part) * by;
     const auto c = load(cos + i, part), s = load(sin + i, part);
@@ -85,27 +110,32 @@ inline void prepare(const T* x, const Scalar<T>* cos, const Scalar<T>* sin, int6
   });
 }
 
-// With d the gradient dy turned back and n = 1 / length: dx = factor · (n·d − n³·x·(x·d)), at dx unless that is null. Returns
-// n·(x·d), the gradient of factor.
-template <class T>
-inline Scalar<T> prepare_backward(const T* x, const T* dy, const Scalar<T>* cos, const Scalar<T>* sin, int64_t dim, int64_t half,
-                                  Scalar<T> factor, T* dx) {
-  Vector<T> squares = {}, along = {};
+// Σx² and x·d, with d the gradient dy turned back.
+template <class T, class Size>
+inline void products(const T* x, const T* dy, const Scalar<T>* cos, const Scalar<T>* sin, Size size, Scalar<T>& squares,
+                     Scalar<T>& along) {
+  const int64_t dim = size.dim, half = size.half;
+  Vector<T> sums[2] = {};
   for_each_vector<T>(half, [&](int64_t i, auto part) {
     const auto a = load(x + i, part), b = load(x + half + i, part);
     const auto da = load(dy + i, part), db = load(dy + half + i, part);
     const auto c = load(cos + i, part), s = load(sin + i, part);
-    squares += a * a + b * b;
-    along += a * (da * c + db * s) + b * (db * c - da * s);
+    sums[0] += a * a + b * b;
+    sums[1] += a * (da * c + db * s) + b * (db * c - da * s);
   });
   for_each_vector<T>(dim - 2 * half, [&](int64_t i, auto part) {
     const auto v = load(x + 2 * half + i, part);
-    squares += v * v;
-    along += v * load(dy + 2 * half + i, part);
+    sums[0] += v * v;
+    sums[1] += v * load(dy + 2 * half + i, part);
   });
-  const Scalar<T> inverse = 1 / std::sqrt(sum_lanes(squares) + Scalar<T>(kEps)), cosine = sum_lanes(along) * inverse;
-  if (dx == nullptr) return cosine;
-  const Scalar<T> by = factor * inverse, back = by * inverse * cosine;
+  squares = sum_lanes(sums[0]), along = sum_lanes(sums[1]);
+}
+
+// dx = by · d − back · x
+template <class T, class Size>
+inline void turn_back(const T* x, const T* dy, const Scalar<T>* cos, const Scalar<T>* sin, Size size, Scalar<T> by,
+                      Scalar<T> back, T* dx) {
+  const int64_t dim = size.dim, half = size.half;
   for_each_vector<T>(half, [&](int64_t i, auto part) {
     const auto a = load(x + i, part), b = load(x + half + i, part);
     const auto da = load(dy + i, part) * by, db = load(dy + half + i, part) * by;
@@ -117,101 +147,150 @@ inline Scalar<T> prepare_backward(const T* x, const T* dy, const Scalar<T>* cos,
     const int64_t j = 2 * half + i;
     store(dx + j, load(dy + j, part) * by - load(x + j, part) * back, part);
   });
-  return cosine;
 }
 
 // ---- all tokens ----------------------------------------------------------------------------------------------------------
 struct Pieces {
-  int64_t columns, per_row, count;
+  int64_t columns = 0, count = 0;
 
   explicit Pieces(const CosineRope& a) {
+    if (a.batch * a.height * a.width * a.heads * a.dim == 0) return;
     const int64_t fit = kElementsPerPiece / (a.heads * a.dim);
     columns = fit < 1 ? 1 : fit < a.width ? fit : a.width;
-    per_row = (a.width + columns - 1) / columns;
-    count = per_row * a.height * a.batch;
+    count = (a.width + columns - 1) / columns * a.height * a.batch;
   }
 };
 
-// body(piece, turns, image, row, first column, columns) over all pieces of all rows; pieces below each other in turn.
-template <class S, class Body>
-inline void for_each_piece(const CosineRope& a, const Pieces& pieces, int threads, Body body) {
+// Heads are taken in blocks: first the sums of all heads of a block, then their roots, then what they scale. One head after
+// the other would wait for its root, and the processor looks ahead at too few others meanwhile.
+constexpr int64_t kHeadsPerBlock = 16;
+
+inline int64_t columns_per_block(const CosineRope& a) { return a.heads < kHeadsPerBlock ? kHeadsPerBlock / a.heads : 1; }
+inline int64_t scratch_per_block(const CosineRope& a) { return 2 * columns_per_block(a) * a.heads; }
+
+struct Piece {
+  int64_t number, image, row, column, columns;
+  int64_t first_token;  // among all tokens
+};
+
+// body(piece, turns, scratch memory) over all pieces of all rows, those below each other in turn.
+template <class S, class Size, class Body>
+inline void for_each_piece(const CosineRope& a, const Pieces& pieces, Size size, int threads, Body body) {
   const Rotations<S> rows(a.height_angles, a.angles_dtype, a.height * a.heads * a.angles);
   const Rotations<S> columns(a.width_angles, a.angles_dtype, a.width * a.heads * a.angles);
   const int64_t elements = 2 * a.batch * a.height * a.width * a.heads * a.dim;
   parallel_for(pieces.count, useful_threads(elements, threads), [&](int64_t begin, int64_t end) {
     Turns<S> turns(a, rows, columns, pieces.columns);
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t image = piece % a.batch, row = piece / a.batch % a.height;
-      const int64_t column = piece / a.batch / a.height * pieces.columns;
+    const Scratch<S> scratch(scratch_per_block(a));
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t image = n % a.batch, row = n / a.batch % a.height, column = n / a.batch / a.height * pieces.columns;
       const int64_t count = a.width - column < pieces.columns ? a.width - column : pieces.columns;
-      turns.move_to(row, column, count);
-      body(piece, turns, image, row, column, count);
+      turns.move_to(row, column, count, size);
+      body(Piece{n, image, row, column, count, (image * a.height + row) * a.width + column}, turns, scratch.get());
     }
   });
 }
 
+// The heads of a piece of a tensor.
 template <class T>
-inline const T* at(const Tokens& t, int64_t image, int64_t row, int64_t column, int64_t head) {
-  return static_cast<const T*>(t.data) + image * t.batch_stride + row * t.height_stride + column * t.width_stride +
-         head * t.head_stride;
+struct Heads {
+  T* first;
+  int64_t token_stride, head_stride;
+
+  Heads(const Tokens& t, const Piece& p)
+      : first(static_cast<T*>(t.data) + p.image * t.batch_stride + p.row * t.height_stride + p.column * t.width_stride),
+        token_stride(t.width_stride), head_stride(t.head_stride) {}
+  Heads(void* contiguous, const Piece& p, int64_t heads, int64_t dim)
+      : first(contiguous == nullptr ? nullptr : static_cast<T*>(contiguous) + p.first_token * heads * dim),
+        token_stride(heads * dim), head_stride(dim) {}
+
+  T* at(int64_t column, int64_t head) const { return first + column * token_stride + head * head_stride; }
+};
+
+// One side, q or k, of a piece: y = scale · R(x / length).
+template <class T, class Size, class S = Scalar<T>>
+inline void forward_side(const CosineRope& a, const Piece& piece, const Heads<const T> x, const Turns<S>& turns, Size size,
+                         const S* scale, S* scratch, const Heads<T> y) {
+  const int64_t heads = a.heads, step = columns_per_block(a);
+  const S *cos = turns.cos(), *sin = turns.sin();
+  for (int64_t begin = 0; begin < piece.columns; begin += step) {
+    const int64_t end = piece.columns - begin < step ? piece.columns : begin + step, count = (end - begin) * heads;
+    int64_t i = 0;
+    for (int64_t column = begin; column < end; ++column)
+      for (int64_t h = 0; h < heads; ++h) scratch[i++] = squares(x.at(column, h), size);
+    for (i = 0; i < count; ++i) scratch[i] = 1 / std::sqrt(scratch[i] + S(kEps));
+    i = 0;
+    for (int64_t column = begin; column < end; ++column)
+      for (int64_t h = 0; h < heads; ++h) {
+        turn(x.at(column, h), cos, sin, size, scale == nullptr ? scratch[i] : scratch[i] * scale[h], y.at(column, h));
+        cos += size.half, sin += size.half, ++i;
+      }
+  }
 }
 
-inline bool empty(const CosineRope& a) { return a.batch * a.height * a.width * a.heads * a.dim == 0; }
+// With n = 1 / length: dx = scale · (n·d − n³·x·(x·d)), unless that is null. Adds n·(x·d), the gradient of scale, to sums,
+// one a head, unless that is null.
+template <class T, class Size, class S = Scalar<T>>
+inline void backward_side(const CosineRope& a, const Piece& piece, const Heads<const T> x, const Heads<const T> dy,
+                          const Turns<S>& turns, Size size, const S* scale, S* scratch, const Heads<T> dx, double* sums) {
+  const int64_t heads = a.heads, step = columns_per_block(a);
+  const S *cos = turns.cos(), *sin = turns.sin();
+  for (int64_t begin = 0; begin < piece.columns; begin += step) {
+    const int64_t end = piece.columns - begin < step ? piece.columns : begin + step, count = (end - begin) * heads;
+    S *inverse = scratch, *along = scratch + count;
+    const S *block_cos = cos, *block_sin = sin;
+    int64_t i = 0;
+    for (int64_t column = begin; column < end; ++column)
+      for (int64_t h = 0; h < heads; ++h) {
+        products(x.at(column, h), dy.at(column, h), cos, sin, size, inverse[i], along[i]);
+        cos += size.half, sin += size.half, ++i;
+      }
+    for (i = 0; i < count; ++i) {
+      inverse[i] = 1 / std::sqrt(inverse[i] + S(kEps));
+      along[i] *= inverse[i];
+    }
+    for (i = 0; sums != nullptr && i < count; ++i) sums[i % heads] += double(along[i]);
+    if (dx.first == nullptr) continue;
+    i = 0;
+    for (int64_t column = begin; column < end; ++column)
+      for (int64_t h = 0; h < heads; ++h) {
+        const S by = scale == nullptr ? inverse[i] : inverse[i] * scale[h], back = by * inverse[i] * along[i];
+        turn_back(x.at(column, h), dy.at(column, h), block_cos, block_sin, size, by, back, dx.at(column, h));
+        block_cos += size.half, block_sin += size.half, ++i;
+      }
+  }
+}
 
-template <class T>
-void forward(const CosineRopeForward& args, int threads) {
+template <class T, class Size>
+void forward(const CosineRopeForward& args, Size size, int threads) {
   using S = Scalar<T>;
   const CosineRope& a = args.inputs;
-  if (empty(a)) return;
   const S* scale = static_cast<const S*>(a.cosine_scale);
-  for_each_piece<S>(a, Pieces(a), threads,
-                    [&](int64_t, const Turns<S>& turns, int64_t image, int64_t row, int64_t column, int64_t columns) {
-    const int64_t first = ((image * a.height + row) * a.width + column) * a.heads * a.dim;
-    T* q_prepared = static_cast<T*>(args.q_prepared) + first;
-    T* k_prepared = static_cast<T*>(args.k_prepared) + first;
-    for (int64_t x = 0; x < columns; ++x)
-      for (int64_t h = 0; h < a.heads; ++h) {
-        const int64_t to = (x * a.heads + h) * a.dim;
-        const S *cos = turns.cos(x, h), *sin = turns.sin(x, h);
-        prepare(at<T>(a.q, image, row, column + x, h), cos, sin, a.dim, 2 * a.angles, scale[h], q_prepared + to);
-        prepare(at<T>(a.k, image, row, column + x, h), cos, sin, a.dim, 2 * a.angles, S(1), k_prepared + to);
-      }
+  for_each_piece<S>(a, Pieces(a), size, threads, [&](const Piece& piece, const Turns<S>& turns, S* scratch) {
+    const Heads<T> q_prepared(args.q_prepared, piece, a.heads, a.dim), k_prepared(args.k_prepared, piece, a.heads, a.dim);
+    forward_side(a, piece, Heads<const T>(a.q, piece), turns, size, scale, scratch, q_prepared);
+    forward_side(a, piece, Heads<const T>(a.k, piece), turns, size, static_cast<const S*>(nullptr), scratch, k_prepared);
   });
 }
 
-template <class T>
-void backward(const CosineRopeBackward& args, int threads) {
+template <class T, class Size>
+void backward(const CosineRopeBackward& args, Size size, int threads) {
   using S = Scalar<T>;
   const CosineRope& a = args.inputs;
-  S* dscale = static_cast<S*>(args.dcosine_scale);
-  if (empty(a)) {
-    for (int64_t h = 0; dscale != nullptr && h < a.heads; ++h) dscale[h] = 0;  // a sum over no tokens
-    return;
-  }
   const S* scale = static_cast<const S*>(a.cosine_scale);
+  S* dscale = static_cast<S*>(args.dcosine_scale);
   const Pieces pieces(a);
   const Scratch<double> sums(dscale == nullptr ? 0 : pieces.count * a.heads);
-  for_each_piece<S>(a, pieces, threads, [&](int64_t piece, const Turns<S>& turns, int64_t image, int64_t row, int64_t column,
-                                            int64_t columns) {
-    const int64_t first = ((image * a.height + row) * a.width + column) * a.heads * a.dim;
-    T* dq = args.dq == nullptr ? nullptr : static_cast<T*>(args.dq) + first;
-    T* dk = args.dk == nullptr ? nullptr : static_cast<T*>(args.dk) + first;
-    double* sum = dscale == nullptr ? nullptr : sums.get() + piece * a.heads;
+  for_each_piece<S>(a, pieces, size, threads, [&](const Piece& piece, const Turns<S>& turns, S* scratch) {
+    const Heads<T> dq(args.dq, piece, a.heads, a.dim), dk(args.dk, piece, a.heads, a.dim);
+    double* sum = dscale == nullptr ? nullptr : sums.get() + piece.number * a.heads;
     for (int64_t h = 0; sum != nullptr && h < a.heads; ++h) sum[h] = 0;
-    for (int64_t x = 0; x < columns; ++x)
-      for (int64_t h = 0; h < a.heads; ++h) {
-        const int64_t to = (x * a.heads + h) * a.dim;
-        const S *cos = turns.cos(x, h), *sin = turns.sin(x, h);
-        if (dq != nullptr || sum != nullptr) {
-          const S term = prepare_backward(at<T>(a.q, image, row, column + x, h),
-                                          at<T>(args.dq_prepared, image, row, column + x, h), cos, sin, a.dim, 2 * a.angles,
-                                          scale[h], dq == nullptr ? nullptr : dq + to);
-          if (sum != nullptr) sum[h] += double(term);
-        }
-        if (dk != nullptr)
-          prepare_backward(at<T>(a.k, image, row, column + x, h), at<T>(args.dk_prepared, image, row, column + x, h), cos,
-                           sin, a.dim, 2 * a.angles, S(1), dk + to);
-      }
+    if (dq.first != nullptr || sum != nullptr)
+      backward_side(a, piece, Heads<const T>(a.q, piece), Heads<const T>(args.dq_prepared, piece), turns, size, scale, scratch,
+                    dq, sum);
+    if (dk.first != nullptr)
+      backward_side(a, piece, Heads<const T>(a.k, piece), Heads<const T>(args.dk_prepared, piece), turns, size,
+                    static_cast<const S*>(nullptr), scratch, dk, nullptr);
   });
   for (int64_t h = 0; dscale != nullptr && h < a.heads; ++h) {
     double sum = 0;
@@ -224,12 +303,16 @@ void backward(const CosineRopeBackward& args, int threads) {
 
 template <class InstructionSet>
 void cosine_rope_forward(const CosineRopeForward& args, int threads) {
-  with_element_type(args.inputs.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
+  with_element_type(args.inputs.dtype, [&](auto element) {
+    with_size(args.inputs, [&](auto size) { forward<decltype(element)>(args, size, threads); });
+  });
 }
 
 template <class InstructionSet>
 void cosine_rope_backward(const CosineRopeBackward& args, int threads) {
-  with_element_type(args.inputs.dtype, [&](auto element) { backward<decltype(element)>(args, threads); });
+  with_element_type(args.inputs.dtype, [&](auto element) {
+    with_size(args.inputs, [&](auto size) { backward<decltype(element)>(args, size, threads); });
+  });
 }
 
 template void cosine_rope_forward<Native>(const CosineRopeForward&, int);
