@@ -206,7 +206,7 @@ def test_every_instruction_set_agrees(instruction_set, poisoned):
 @pytest.mark.parametrize("instruction_set", CPU.instruction_sets() if CPU else [])
 @pytest.mark.parametrize("angle_dtype", [torch.float32, torch.float64], ids=str)
 def test_angles_of_many_turns_keep_their_digits(instruction_set, angle_dtype):
-    """cos and sin to 1e-7 up to 10⁴ radians, on both sides of where the fast reduction ends, and next to their zeros."""
+    """cos and sin to 1e-7 up to 10⁴ radians, on both sides of where the fast reduction ends, and near their zeros."""
     width, r, half_turn = 512, 8, math.pi / 2
     angles = torch.cat([torch.linspace(-1e4, 1e4, 3000), torch.arange(-548, 548) * half_turn * 11.9], 0).double()
     angles = angles.to(angle_dtype)[: width * r].reshape(width, 1, r)
