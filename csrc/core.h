@@ -258,6 +258,33 @@ inline void store(T* p, Vector<T> v, Partial tail) {
 }
 #endif
 
+// Stores past the caches, for results that are larger: a line is not read before it is overwritten. p must be aligned to a
+// vector (`can_stream`), and a thread that has streamed calls `end_streaming`. 16-bit elements would fill half lines: stored.
+template <class T>
+inline void stream(T* p, Vector<T> v, Full) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) >= 4) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) >= 4) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+  store(p, v, Full{});
+}
+
+template <class T>
+inline void stream(T* p, Vector<T> v, Partial tail) {
+  store(p, v, tail);
+}
+
+inline bool can_stream(const void* p, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && row_bytes % kVectorBytes == 0;
+}
+
+inline void end_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <class T, class Body>
 inline void for_each_vector(int64_t n, Body body) {
   int64_t i = 0;

@@ -58,11 +58,23 @@ inline DoubleVector normal_density(DoubleVector g) {
   return result;
 }
 
-// Asks for the lines of one vector of the next row. Value and gate are two streams that jump at every row, too short for the
-// hardware to run ahead of: without this a float32 forward out of cache takes 1.3 times as long. Past the end it does no harm.
-template <int kWrite>
-inline void prefetch(const void* next) {
-  __builtin_prefetch(next, kWrite);
+// Results of more bytes than this are written past the caches.
+constexpr int64_t kStreamedBytes = int64_t(1) << 26;
+
+// Asks for what the next row has of a row of 2n elements, one step of two vectors at a time and in the order of memory. Value
+// and gate are two streams that jump at every row, too short for the hardware to run ahead of; asking for both, too, keeps
+// memory jumping: a float32 forward out of cache takes 1.7 times as long without, and 1.4 times in that order. Past the end it
+// does no harm.
+template <int kWrite, class T>
+inline void prefetch(const T* next) {
+  constexpr int kBytes = 2 * kLanes<T> * int(sizeof(T));
+  for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + byte, kWrite);
+}
+
+template <bool kStream, class T, class V, class Part>
+inline void write(T* p, V v, Part part) {
+  if (kStream) stream(p, v, part);
+  else store(p, v, part);
 }
 
 // body(row, first column, columns) over the whole (rows, n) plane.
@@ -75,25 +87,25 @@ inline void for_each_piece(int64_t rows, int64_t n, int threads, Body body) {
       const int64_t row = unit / pieces, column = unit % pieces * kColumns;
       body(row, column, n - column < kColumns ? n - column : kColumns);
     }
+    end_streaming();
   });
 }
 
-template <class T>
+template <class T, bool kStream>
 void forward(const GegluForward& args, int threads) {
   for_each_piece(args.rows, args.n, threads, [&](int64_t row, int64_t column, int64_t columns) {
     const T* value = static_cast<const T*>(args.x) + row * args.x_row_stride + column;
     const T* gate = value + args.n;
     T* y = static_cast<T*>(args.y) + row * args.n + column;
     for_each_vector<T>(columns, [&](int64_t i, auto part) {
-      prefetch<0>(value + i + args.x_row_stride);
-      prefetch<0>(gate + i + args.x_row_stride);
+      prefetch<0>(value + args.x_row_stride + 2 * i);
       const auto g = load(gate + i, part);
-      store(y + i, load(value + i, part) * (g * normal_cdf(g)), part);
+      write<kStream>(y + i, load(value + i, part) * (g * normal_cdf(g)), part);
     });
   });
 }
 
-template <class T>
+template <class T, bool kStream>
 void backward(const GegluBackward& args, int threads) {
   for_each_piece(args.rows, args.n, threads, [&](int64_t row, int64_t column, int64_t columns) {
     const T* value = static_cast<const T*>(args.x) + row * args.x_row_stride + column;
@@ -102,14 +114,12 @@ void backward(const GegluBackward& args, int threads) {
     T* dvalue = static_cast<T*>(args.dx) + row * 2 * args.n + column;
     T* dgate = dvalue + args.n;
     for_each_vector<T>(columns, [&](int64_t i, auto part) {
-      prefetch<0>(value + i + args.x_row_stride);
-      prefetch<0>(gate + i + args.x_row_stride);
-      prefetch<1>(dvalue + i + 2 * args.n);
-      prefetch<1>(dgate + i + 2 * args.n);
+      prefetch<0>(value + args.x_row_stride + 2 * i);
+      if (!kStream) prefetch<1>(dvalue + 2 * args.n + 2 * i);
       const auto g = load(gate + i, part), d = load(dy + i, part);
       const auto cdf = normal_cdf(g);
-      store(dvalue + i, d * (g * cdf), part);
-      store(dgate + i, d * load(value + i, part) * (cdf + g * normal_density(g)), part);
+      write<kStream>(dvalue + i, d * (g * cdf), part);
+      write<kStream>(dgate + i, d * load(value + i, part) * (cdf + g * normal_density(g)), part);
     });
   });
 }
@@ -118,12 +128,24 @@ void backward(const GegluBackward& args, int threads) {
 
 template <class InstructionSet>
 void geglu_forward(const GegluForward& args, int threads) {
-  with_element_type(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t row_bytes = args.n * int64_t(sizeof(T));
+    const bool streams = sizeof(T) >= 4 && args.rows * row_bytes > kStreamedBytes && can_stream(args.y, row_bytes);
+    if (streams) forward<T, sizeof(T) >= 4>(args, threads);
+    else forward<T, false>(args, threads);
+  });
 }
 
 template <class InstructionSet>
 void geglu_backward(const GegluBackward& args, int threads) {
-  with_element_type(args.dtype, [&](auto element) { backward<decltype(element)>(args, threads); });
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t row_bytes = args.n * int64_t(sizeof(T));
+    const bool streams = sizeof(T) >= 4 && 2 * args.rows * row_bytes > kStreamedBytes && can_stream(args.dx, row_bytes);
+    if (streams) backward<T, sizeof(T) >= 4>(args, threads);
+    else backward<T, false>(args, threads);
+  });
 }
 
 template void geglu_forward<Native>(const GegluForward&, int);

@@ -167,6 +167,21 @@ def test_results_are_rounded_to_nearest_even(instruction_set, dtype):
     assert torch.equal(geglu_forward(x)[:, 0].view(torch.int16), expected.view(torch.int16))
 
 
+@pytest.mark.parametrize("n", [384, 383])
+def test_results_larger_than_the_caches_are_the_same(instruction_set, n):
+    """They are written past the caches where their rows are aligned; in parts they are not."""
+    rows = (1 << 24) // n + 100  # the result of the forward pass is just above 64 MiB
+    x = torch.randn(rows, 2 * n, generator=torch.Generator().manual_seed(0))
+    dy = x[:, :n]
+    y, dx = torch.full((rows, n), math.nan), torch.full((rows, 2 * n), math.nan)
+    _C.cpu.geglu_forward(x.data_ptr(), y.data_ptr(), rows, n, 2 * n, 0, 2)
+    _C.cpu.geglu_backward(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), rows, n, 2 * n, 2 * n, 0, 2)
+    for part in range(0, rows, rows // 5):
+        some = slice(part, part + rows // 5)
+        assert torch.equal(y[some], geglu_forward(x[some]))
+        assert torch.equal(dx[some], geglu_backward(x[some], dy[some]))
+
+
 # ---- AdaRMSNorm --------------------------------------------------------------------------------------------
 
 
