@@ -146,6 +146,14 @@ def test_gelu_is_accurate_over_the_whole_range(instruction_set):
     assert (dgate - slope).abs().max() < 1.5e-7
 
 
+def test_gelu_in_bfloat16_is_off_by_little_more_than_its_rounding(instruction_set):
+    gate = torch.linspace(-5.75, 14, 8001).to(torch.bfloat16)
+    exact = gate.double() * 0.5 * torch.special.erfc(-gate.double() * math.sqrt(0.5))
+    got = geglu_forward(torch.stack([torch.ones_like(gate), gate], -1))[:, 0].double()
+    off = ((got - exact).abs() / exact.abs().clamp(min=1e-30)).double()
+    assert off[gate > -2].max() < 2**-8 + 3e-5 and off[gate > -3].max() < 2**-8 + 5e-4 and off.max() < 2**-8 + 7e-3
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_geglu_of_special_numbers(instruction_set, dtype):
     """Infinities, NaN, signed zeros, the largest and smallest numbers: as PyTorch in the same dtype."""
