@@ -87,15 +87,25 @@ inline Vector<T> cdf_for(Vector<T> g) {
   else return normal_cdf(g, kTail);
 }
 
-// Asks for what the next row has of a row of 2n elements, one step of two vectors at a time and in the order of memory. Value
-// and gate are two streams that jump at every row, too short for the hardware to run ahead of; asking for both, too, keeps
-// memory jumping: a float32 forward out of cache takes 1.7 times as long without, and 1.4 times in that order. Past the end it
-// does no harm.
+// Asks for what the next row has of a row of 2n elements, two vectors a step. Value and gate are two streams that jump at every
+// row, too short for the hardware to run ahead of. Short rows are asked for in the order of memory: a float32 forward out of
+// cache then takes 0.7 times as long as where value and gate are asked for side by side, and 0.6 times as long as without. Of
+// long rows, which do not stay in the first-level cache for a whole row, side by side is better. Past the end it does no harm.
 template <int kWrite, class T>
-inline void prefetch(const T* next) {
-  constexpr int kBytes = 2 * kLanes<T> * int(sizeof(T));
-  for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + byte, kWrite);
-}
+struct NextRow {
+  static constexpr int64_t kShort = 16384;  // bytes
+  const T *first, *second;
+  int64_t step;
+
+  NextRow(const T* next, int64_t n) {
+    const bool is_short = 2 * n * int64_t(sizeof(T)) <= kShort;
+    first = next, second = next + (is_short ? kLanes<T> : n), step = is_short ? 2 : 1;
+  }
+  void ask(int64_t i) const {
+    __builtin_prefetch(first + step * i, kWrite);
+    __builtin_prefetch(second + step * i, kWrite);
+  }
+};
 
 template <bool kStream, class T, class V, class Part>
 inline void write(T* p, V v, Part part) {
@@ -123,8 +133,9 @@ void forward(const GegluForward& args, int threads) {
     const T* value = static_cast<const T*>(args.x) + row * args.x_row_stride + column;
     const T* gate = value + args.n;
     T* y = static_cast<T*>(args.y) + row * args.n + column;
+    const NextRow<0, T> next(value + args.x_row_stride, args.n);
     for_each_vector<T>(columns, [&](int64_t i, auto part) {
-      prefetch<0>(value + args.x_row_stride + 2 * i);
+      next.ask(i);
       const auto g = load(gate + i, part);
       write<kStream>(y + i, load(value + i, part) * (g * cdf_for<T>(g)), part);
     });
@@ -139,9 +150,11 @@ void backward(const GegluBackward& args, int threads) {
     const T* dy = static_cast<const T*>(args.dy) + row * args.dy_row_stride + column;
     T* dvalue = static_cast<T*>(args.dx) + row * 2 * args.n + column;
     T* dgate = dvalue + args.n;
+    const NextRow<0, T> next(value + args.x_row_stride, args.n);
+    const NextRow<1, T> next_result(dvalue + 2 * args.n, args.n);
     for_each_vector<T>(columns, [&](int64_t i, auto part) {
-      prefetch<0>(value + args.x_row_stride + 2 * i);
-      if (!kStream) prefetch<1>(dvalue + 2 * args.n + 2 * i);
+      next.ask(i);
+      if (!kStream) next_result.ask(i);
       const auto g = load(gate + i, part), d = load(dy + i, part);
       const auto cdf = cdf_for<T>(g);
       write<kStream>(dvalue + i, d * (g * cdf), part);
