@@ -31,7 +31,8 @@ def cosine_rope(
     """q', k' such that q'·k' = cosine_scale[h] · cos(q, k) with both rotated by their positions.
 
     Args:
-        q, k: (B, H, W, heads, dim), of one dtype: float32, bfloat16, float16 or float64.
+        q, k: (B, H, W, heads, dim), of one dtype: float32, bfloat16, float16 or float64; any strides (copied only if
+            the last axis is not contiguous).
         cosine_scale: (heads,), any floating dtype, any sign; multiplies q alone.
         rope: angles as in `AxialRope`; constants, no gradient flows to them.
         backend: None for the best one present, or "cpu", "cuda", "triton", "reference" for exactly that.

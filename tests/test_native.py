@@ -370,6 +370,24 @@ def test_errors_name_argument_value_and_what_is_accepted(change, sentence):
     assert not torch.equal(y, before)
 
 
+def test_bad_arguments_of_cosine_rope_are_refused():
+    x, angles = torch.randn(1, 2, 3, 1, 8), torch.randn(3, 1, 2)
+    row, out = [x.data_ptr(), *x.stride()[:4]], [Output(x.shape, x.dtype) for _ in range(2)]
+    arguments = dict(q=row, k=row, pointers=[torch.ones(1).data_ptr(), *[angles.data_ptr()] * 2], sizes=[*x.shape, 2])
+    arguments |= dict(angles_dtype=0, dtype=0, q_prepared=out[0].address(), k_prepared=out[1].address(), threads=1)
+    for change, sentence in (
+        ({"sizes": [*x.shape, 3]}, "angles is 3, but must be at most dim/4 = 2"),
+        ({"sizes": [1, -2, 3, 1, 8, 2]}, "height is -2, but must be at least 0"),
+        ({"k": [0, *row[1:]]}, "k is 0, but must be the address of a tensor with elements"),
+        ({"dtype": code(torch.float64)}, "angles_dtype is 0, but must be float64 or, unless dtype is float64, float32"),
+        ({"threads": 0}, "threads is 0, but must be at least 1"),
+    ):
+        with pytest.raises(ValueError) as error:
+            _C.cpu.cosine_rope_forward(**{**arguments, **change})
+        assert str(error.value) == f"cosine_rope_forward: {sentence}"
+    assert all(o.result().isnan().all() for o in out)
+
+
 def test_unknown_instruction_set_lists_the_known_ones():
     with pytest.raises(ValueError, match=f"name is 'MMX', but this CPU and this build have: {INSTRUCTION_SETS[0]}"):
         _C.cpu.set_instruction_set("MMX")

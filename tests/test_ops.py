@@ -208,8 +208,9 @@ def test_every_instruction_set_agrees(instruction_set, poisoned):
 def test_angles_of_many_turns_keep_their_digits(instruction_set, angle_dtype):
     """cos and sin to 1e-7 up to 10⁴ radians, on both sides of where the fast reduction ends, and near their zeros."""
     width, r, half_turn = 512, 8, math.pi / 2
-    angles = torch.cat([torch.linspace(-1e4, 1e4, 3000), torch.arange(-548, 548) * half_turn * 11.9], 0).double()
-    angles = angles.to(angle_dtype)[: width * r].reshape(width, 1, r)
+    zeros = torch.arange(-548, 548, dtype=torch.float64) * 11 * half_turn
+    angles = torch.cat([torch.linspace(-1e4, 1e4, 3000, dtype=torch.float64), zeros])
+    angles = angles.to(angle_dtype).reshape(width, 1, r)
     q = torch.zeros(1, 1, width, 1, 4 * r)
     q[..., r : 2 * r] = 1  # the features that turn by the columns' angles: their cosines, and 2r later their sines
     rope = hdit_kernels.AxialRope(torch.zeros(1, 1, r, dtype=angle_dtype), angles)
