@@ -23,53 +23,89 @@ inline void reduce(int64_t n, Scalar<T> (&result)[kSums], Body body) {
   for (int s = 0; s < kSums; ++s) result[s] = sum_lanes((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s]));
 }
 
+// Rows are taken in blocks that stay in the first-level cache: first the sums of all rows, then their roots, then what is
+// written. One row after the other would wait for its root, and the processor looks ahead at too few others meanwhile.
+constexpr int64_t kRowsPerBlock = 16, kBytesPerBlock = 4096;
+
+template <class T>
+inline int64_t rows_per_block(int64_t n) {
+  const int64_t fit = kBytesPerBlock / int64_t(n * sizeof(T));
+  return fit < 1 ? 1 : fit < kRowsPerBlock ? fit : kRowsPerBlock;
+}
+
+// body(sample, first token, tokens) over blocks of rows [begin, end); a block lies within one sample.
+template <class Body>
+inline void for_each_block(int64_t begin, int64_t end, int64_t tokens, int64_t step, Body body) {
+  while (begin < end) {
+    const int64_t sample = begin / tokens, token = begin % tokens;
+    int64_t count = tokens - token < step ? tokens - token : step;
+    count = end - begin < count ? end - begin : count;
+    body(sample, token, count);
+    begin += count;
+  }
+}
+
 template <class T>
 void forward(const AdaRmsNormForward& args, int threads) {
+  using S = Scalar<T>;
   const int64_t n = args.channels, rows = args.batch * args.tokens;
+  if (n == 0) return;
   parallel_for(rows, useful_threads(rows * n, threads), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t sample = row / args.tokens, token = row % args.tokens;
-      const T* x = static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * args.x_token_stride;
-      const auto* scale = static_cast<const Scalar<T>*>(args.scale) + sample * args.scale_batch_stride;
-      T* y = static_cast<T*>(args.y) + row * n;
-      Scalar<T> squares[1];
-      reduce<T>(n, squares, [&](int64_t i, auto part, Vector<T>(&sums)[1]) {
-        const auto v = load(x + i, part);
-        sums[0] += v * v;
-      });
-      const Scalar<T> inverse_rms = 1 / std::sqrt(squares[0] / Scalar<T>(n) + Scalar<T>(args.eps));
-      for_each_vector<T>(n, [&](int64_t i, auto part) {
-        store(y + i, load(x + i, part) * inverse_rms * load(scale + i, part), part);
-      });
-    }
+    for_each_block(begin, end, args.tokens, rows_per_block<T>(n), [&](int64_t sample, int64_t token, int64_t count) {
+      const int64_t stride = args.x_token_stride;
+      const T* x = static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * stride;
+      const S* scale = static_cast<const S*>(args.scale) + sample * args.scale_batch_stride;
+      T* y = static_cast<T*>(args.y) + (sample * args.tokens + token) * n;
+      S inverse_rms[kRowsPerBlock];
+      for (int64_t r = 0; r < count; ++r) {
+        S squares[1];
+        reduce<T>(n, squares, [&](int64_t i, auto part, Vector<T>(&sums)[1]) {
+          const auto v = load(x + r * stride + i, part);
+          sums[0] += v * v;
+        });
+        inverse_rms[r] = squares[0];
+      }
+      for (int64_t r = 0; r < count; ++r) inverse_rms[r] = 1 / std::sqrt(inverse_rms[r] / S(n) + S(args.eps));
+      for (int64_t r = 0; r < count; ++r)
+        for_each_vector<T>(n, [&](int64_t i, auto part) {
+          store(y + r * n + i, load(x + r * stride + i, part) * inverse_rms[r] * load(scale + i, part), part);
+        });
+    });
   });
 }
 
-// One token: dx = r·scale·dy − x·(r³/C)·Σ(dy·scale·x) with r = rsqrt(mean(x²) + eps), and dscale (+)= r·dy·x.
-template <class T, bool kDx, bool kDscale>
-inline void backward_token(const T* x, const Scalar<T>* scale, const T* dy, T* dx, Scalar<T>* dscale, bool first, int64_t n,
-                           Scalar<T> eps) {
-  Scalar<T> totals[2];
-  reduce<T>(n, totals, [&](int64_t i, auto part, Vector<T>(&sums)[2]) {
-    const auto v = load(x + i, part);
-    sums[0] += v * v;
-    if (kDx) sums[1] += v * load(dy + i, part) * load(scale + i, part);
-  });
-  const Scalar<T> inverse_rms = 1 / std::sqrt(totals[0] / Scalar<T>(n) + eps);
-  const Scalar<T> along_x = inverse_rms * inverse_rms * totals[1] / Scalar<T>(n);
-  for_each_vector<T>(n, [&](int64_t i, auto part) {
-    const auto v = load(x + i, part), d = load(dy + i, part);
-    if (kDx) store(dx + i, (d * load(scale + i, part) - v * along_x) * inverse_rms, part);
-    if (kDscale) {
-      const auto term = v * d * inverse_rms;
-      store(dscale + i, first ? term : term + load(dscale + i, part), part);
-    }
-  });
+// Tokens that share a scale: dx = r·scale·dy − x·(r³/C)·Σ(dy·scale·x) with r = rsqrt(mean(x²) + eps), and dscale (+)= r·dy·x.
+template <class T, bool kDx, bool kDscale, class S = Scalar<T>>
+inline void backward_block(const T* x, int64_t x_stride, const S* scale, const T* dy, int64_t dy_stride, T* dx, S* dscale,
+                           bool first, int64_t count, int64_t n, S eps) {
+  S inverse_rms[kRowsPerBlock], along_x[kRowsPerBlock];
+  for (int64_t r = 0; r < count; ++r) {
+    S totals[2];
+    reduce<T>(n, totals, [&](int64_t i, auto part, Vector<T>(&sums)[2]) {
+      const auto v = load(x + r * x_stride + i, part);
+      sums[0] += v * v;
+      if (kDx) sums[1] += v * load(dy + r * dy_stride + i, part) * load(scale + i, part);
+    });
+    inverse_rms[r] = totals[0], along_x[r] = totals[1];
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    inverse_rms[r] = 1 / std::sqrt(inverse_rms[r] / S(n) + eps);
+    along_x[r] *= inverse_rms[r] * inverse_rms[r] / S(n);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    const bool fresh = first && r == 0;
+    for_each_vector<T>(n, [&](int64_t i, auto part) {
+      const auto v = load(x + r * x_stride + i, part), d = load(dy + r * dy_stride + i, part) * inverse_rms[r];
+      if (kDx) store(dx + r * n + i, d * load(scale + i, part) - v * (along_x[r] * inverse_rms[r]), part);
+      if (kDscale) store(dscale + i, fresh ? v * d : v * d + load(dscale + i, part), part);
+    });
+  }
 }
 
 template <class T, bool kDx, bool kDscale>
 void backward(const AdaRmsNormBackward& args, int threads) {
   const int64_t n = args.channels;
+  if (n == 0) return;
   const bool shared = args.scale_batch_stride == 0;
   // Rows whose scale is the same vector form a group, and each group is cut into chunks.
   const int64_t groups = shared ? 1 : args.batch, rows = shared ? args.batch * args.tokens : args.tokens;
@@ -85,15 +121,17 @@ void backward(const AdaRmsNormBackward& args, int threads) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / chunks, first = unit % chunks * chunk;
       const int64_t last = rows - first < chunk ? rows : first + chunk;
-      for (int64_t row = group * rows + first; row < group * rows + last; ++row) {
-        const int64_t sample = row / args.tokens, token = row % args.tokens;
-        backward_token<T, kDx, kDscale>(
-            static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * args.x_token_stride,
+      bool fresh = true;
+      for_each_block(group * rows + first, group * rows + last, args.tokens, rows_per_block<T>(n),
+                     [&](int64_t sample, int64_t token, int64_t count) {
+        backward_block<T, kDx, kDscale>(
+            static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * args.x_token_stride, args.x_token_stride,
             static_cast<const Scalar<T>*>(args.scale) + sample * args.scale_batch_stride,
             static_cast<const T*>(args.dy) + sample * args.dy_batch_stride + token * args.dy_token_stride,
-            kDx ? static_cast<T*>(args.dx) + row * n : nullptr, kDscale ? partial + unit * n : nullptr,
-            row == group * rows + first, n, Scalar<T>(args.eps));
-      }
+            args.dy_token_stride, kDx ? static_cast<T*>(args.dx) + (sample * args.tokens + token) * n : nullptr,
+            kDscale ? partial + unit * n : nullptr, fresh, count, n, Scalar<T>(args.eps));
+        fresh = false;
+      });
     }
   });
   if (!kDscale || chunks == 1) return;

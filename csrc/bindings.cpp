@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ada_rms_norm.h"
+#include "cosine_rope.h"
 #include "geglu.h"
 #include "neighborhood_attention.h"
 #include "peak.h"
@@ -33,6 +34,8 @@ struct InstructionSet {
   decltype(&geglu_backward<Baseline>) geglu_backward;
   decltype(&ada_rms_norm_forward<Baseline>) ada_rms_norm_forward;
   decltype(&ada_rms_norm_backward<Baseline>) ada_rms_norm_backward;
+  decltype(&cosine_rope_forward<Baseline>) cosine_rope_forward;
+  decltype(&cosine_rope_backward<Baseline>) cosine_rope_backward;
   decltype(&neighborhood_attention_forward<Baseline>) neighborhood_attention_forward;
   decltype(&neighborhood_attention_backward<Baseline>) neighborhood_attention_backward;
   decltype(&peak_float32<Baseline>) peak_float32, peak_bfloat16;
@@ -45,6 +48,8 @@ InstructionSet instruction_set(const char* name) {
           geglu_backward<I>,
           ada_rms_norm_forward<I>,
           ada_rms_norm_backward<I>,
+          cosine_rope_forward<I>,
+          cosine_rope_backward<I>,
           neighborhood_attention_forward<I>,
           neighborhood_attention_backward<I>,
           peak_float32<I>,
@@ -227,6 +232,24 @@ NeighborhoodAttention neighborhood_attention_args(const std::array<Row, 5>& toke
           dtype_of(function, dtype)};
 }
 
+CosineRope cosine_rope_args(const char* function, const Row& q, const Row& k, const std::array<Address, 3>& pointers,
+                            const std::array<int64_t, 6>& sizes, int angles_dtype, int dtype) {
+  const auto& [batch, height, width, heads, dim, angles] = sizes;
+  check_not_negative(function, {{"batch", batch}, {"height", height}, {"width", width}, {"heads", heads}, {"dim", dim},
+                                {"angles", angles}});
+  if (4 * angles > dim)
+    throw py::value_error(std::string(function) + ": angles is " + std::to_string(angles) + ", but must be at most dim/4 = " +
+                          std::to_string(dim / 4));
+  if (batch * height * width * heads > 0)
+    check_not_null(function, {{"q", Address(q[0])}, {"k", Address(k[0])}, {"cosine_scale", pointers[0]}});
+  const DType of_angles = dtype_of(function, angles_dtype), of_tokens = dtype_of(function, dtype);
+  if (of_angles != DType::float64 && (of_angles != DType::float32 || of_tokens == DType::float64))
+    throw py::value_error(std::string(function) + ": angles_dtype is " + std::to_string(angles_dtype) +
+                          ", but must be float64 or, unless dtype is float64, float32");
+  return {tokens_of(q), tokens_of(k), (const void*)pointers[0], (const void*)pointers[1], (const void*)pointers[2],
+          batch, height, width, heads, dim, angles, of_angles, of_tokens};
+}
+
 // ---- the module ------------------------------------------------------------------------------------------------------------
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
@@ -239,7 +262,7 @@ using Unlocked = py::call_guard<py::gil_scoped_release>;
 #define ADA_RMS_NORM_BACKWARD                                                                                           \
   "x"_a, "scale"_a, "dy"_a, "dx"_a, "dscale"_a, "batch"_a, "tokens"_a, "channels"_a, "x_batch_stride"_a,                \
       "x_token_stride"_a, "dy_batch_stride"_a, "dy_token_stride"_a, "scale_batch_stride"_a, "eps"_a, "dtype"_a
-
+#define COSINE_ROPE "q"_a, "k"_a, "pointers"_a, "sizes"_a, "angles_dtype"_a, "dtype"_a
 #define NEIGHBORHOOD_ATTENTION "tokens"_a, "pointers"_a, "sizes"_a, "windows"_a, "scale"_a, "dtype"_a
 
 void bind_cpu(py::module_ m) {
@@ -288,6 +311,26 @@ void bind_cpu(py::module_ m) {
         ada_rms_norm_backward_args(x, scale, dy, dx, dscale, batch, tokens, channels, x_batch_stride, x_token_stride,
                                    dy_batch_stride, dy_token_stride, scale_batch_stride, eps, dtype), threads);
   }, ADA_RMS_NORM_BACKWARD, "threads"_a, Unlocked());
+  // Tokens as [address, batch, height, width, head stride]. pointers: cosine_scale, height_angles, width_angles.
+  // sizes: batch, height, width, heads, dim, angles. A gradient whose address is 0 is not wanted.
+  m.def("cosine_rope_forward",
+        [](const Row& q, const Row& k, const std::array<Address, 3>& pointers, const std::array<int64_t, 6>& sizes,
+           int angles_dtype, int dtype, Address q_prepared, Address k_prepared, int threads) {
+          const char* function = "cosine_rope_forward";
+          check_threads(function, threads);
+          in_use->cosine_rope_forward({cosine_rope_args(function, q, k, pointers, sizes, angles_dtype, dtype),
+                                       (void*)q_prepared, (void*)k_prepared}, threads);
+        }, COSINE_ROPE, "q_prepared"_a, "k_prepared"_a, "threads"_a, Unlocked());
+  m.def("cosine_rope_backward",
+        [](const Row& q, const Row& k, const std::array<Address, 3>& pointers, const std::array<int64_t, 6>& sizes,
+           int angles_dtype, int dtype, const Row& dq_prepared, const Row& dk_prepared, Address dq, Address dk,
+           Address dcosine_scale, int threads) {
+          const char* function = "cosine_rope_backward";
+          check_threads(function, threads);
+          in_use->cosine_rope_backward({cosine_rope_args(function, q, k, pointers, sizes, angles_dtype, dtype),
+                                        tokens_of(dq_prepared), tokens_of(dk_prepared), (void*)dq, (void*)dk,
+                                        (void*)dcosine_scale}, threads);
+        }, COSINE_ROPE, "dq_prepared"_a, "dk_prepared"_a, "dq"_a, "dk"_a, "dcosine_scale"_a, "threads"_a, Unlocked());
   // tokens: q, k, v, extra_k, extra_v. pointers: cosine_scale, height_angles, width_angles, key_mask, out, lse.
   // sizes: batch, heads, dim, v_dim, angles, extra. grad_tokens: dout, dq, dk, dv, dextra_k, dextra_v. 0: absent.
   m.def("neighborhood_attention_forward",

@@ -29,6 +29,7 @@ struct Avx512Bf16 {};  // and products of pairs of bfloat16
 
 #ifndef __CUDACC__  // CUDA files want the types above, and take the rest from core.cuh
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -108,15 +109,31 @@ inline UintVector widen(ShortVector bits) {
 inline ShortVector narrow(UintVector bits) {
 #if defined(__AVX512F__)
   return (ShortVector)_mm512_cvtepi32_epi16((__m512i)bits);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_blend_epi16((__m256i)bits, __m256i{}, 0xaa);
+  return (ShortVector)_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
 #else
   return __builtin_convertvector(bits, ShortVector);
 #endif
 }
 
+#if defined(__AVX512F__)
+// Words of 16 bits as pairs (low, high): of each 32-bit lane i, the word i twice; and the words 2i + 1.
+constexpr UintVector kEvenWords = {0x00000000, 0x00010001, 0x00020002, 0x00030003, 0x00040004, 0x00050005, 0x00060006, 0x00070007,
+                                   0x00080008, 0x00090009, 0x000a000a, 0x000b000b, 0x000c000c, 0x000d000d, 0x000e000e, 0x000f000f};
+constexpr UintVector kOddWords = {0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d};
+#endif
+
 inline FloatVector to_float(const BFloat16* p) {
+#if defined(__AVX512F__)
+  // Word i goes to word 2i + 1, between zeros: one instruction where widening and shifting are two.
+  const __m512i bits = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return (FloatVector)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(kEvenWords), bits);
+#else
   ShortVector bits;
   std::memcpy(&bits, p, sizeof bits);
   return (FloatVector)(widen(bits) << 16);
+#endif
 }
 
 inline FloatVector to_float(const Float16* p) {
@@ -141,10 +158,20 @@ inline void from_float(double* p, DoubleVector v) { std::memcpy(p, &v, sizeof v)
 
 inline void from_float(BFloat16* p, FloatVector v) {
   // Round to nearest even in integers: the bfloat16 instructions of AVX-512 would flush subnormal numbers.
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)v, nan = _mm512_set1_epi32(0x7fc00000);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const __m512i half = _mm512_mask_add_epi32(nan, number, bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  const __m256i result = _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)kOddWords, rounded));
+  _mm256_storeu_si256((__m256i*)p, result);
+#else
   const UintVector bits = (UintVector)v;
   const UintVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const ShortVector result = narrow((v == v) ? rounded : UintVector{} + 0x7fc0);
   std::memcpy(p, &result, sizeof result);
+#endif
 }
 
 inline void from_float(Float16* p, FloatVector v) {
@@ -178,23 +205,88 @@ inline Vector<T> load(const T* p, Full) {
   return to_float(p);
 }
 
+// Missing lanes by masks where the instruction set has them; a copy of variable size is a call.
+#if defined(__AVX512F__)
+template <class T>
+inline Vector<T> load(const T* p, Partial tail) {
+  const unsigned mask = (1u << tail.count) - 1;
+  T lanes[kLanes<T>];
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16(mask), p);
+    std::memcpy(lanes, &bits, sizeof bits);
+  } else if constexpr (sizeof(T) == 4) {
+    const __m512i bits = _mm512_maskz_loadu_epi32(__mmask16(mask), p);
+    std::memcpy(lanes, &bits, sizeof bits);
+  } else {
+    const __m512i bits = _mm512_maskz_loadu_epi64(__mmask8(mask), p);
+    std::memcpy(lanes, &bits, sizeof bits);
+  }
+  return to_float(lanes);
+}
+#else
 template <class T>
 inline Vector<T> load(const T* p, Partial tail) {
   T lanes[kLanes<T>] = {};
   std::memcpy(lanes, p, tail.count * sizeof(T));
   return to_float(lanes);
 }
+#endif
 
 template <class T>
 inline void store(T* p, Vector<T> v, Full) {
   from_float(p, v);
 }
 
+#if defined(__AVX512F__)
+template <class T>
+inline void store(T* p, Vector<T> v, Partial tail) {
+  const unsigned mask = (1u << tail.count) - 1;
+  T lanes[kLanes<T>];
+  from_float(lanes, v);
+  if constexpr (sizeof(T) == 2) {
+    __m256i bits;
+    std::memcpy(&bits, lanes, sizeof bits);
+    _mm256_mask_storeu_epi16(p, __mmask16(mask), bits);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, __mmask16(mask), (__m512i)v);
+  } else {
+    _mm512_mask_storeu_epi64(p, __mmask8(mask), (__m512i)v);
+  }
+}
+#else
 template <class T>
 inline void store(T* p, Vector<T> v, Partial tail) {
   T lanes[kLanes<T>];
   from_float(lanes, v);
   std::memcpy(p, lanes, tail.count * sizeof(T));
+}
+#endif
+
+// Stores past the caches, for results that are larger: a line is not read before it is overwritten. p must be aligned to a
+// vector (`can_stream`), and a thread that has streamed calls `end_streaming`. 16-bit elements would fill half lines: stored.
+template <class T>
+inline void stream(T* p, Vector<T> v, Full) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) >= 4) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) >= 4) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+  store(p, v, Full{});
+}
+
+template <class T>
+inline void stream(T* p, Vector<T> v, Partial tail) {
+  store(p, v, tail);
+}
+
+inline bool can_stream(const void* p, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && row_bytes % kVectorBytes == 0;
+}
+
+inline void end_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 template <class T, class Body>
@@ -324,6 +416,47 @@ inline DoubleVector log(DoubleVector x) {
   DoubleVector result;
   for (int i = 0; i < kVectorBytes / int(sizeof(double)); ++i) result[i] = __builtin_log(x[i]);
   return result;
+}
+
+// ---- cos and sin -----------------------------------------------------------------------------------------------------
+// For finite |x| < kFarAngle, within 2 units in the last place or, next to a zero, 5e-11: x = n·π/2 + r, polynomials in r,
+// and the quadrant chooses. n·(π/2) is subtracted in three parts; the first two have 11 bits, so their products are exact
+// also without fused multiply-add. The polynomials are minimax fits of the relative error on |r| <= π/4: 4e-9 and 2e-10.
+constexpr float kFarAngle = 8192;
+
+inline void sincos(FloatVector x, FloatVector& cos, FloatVector& sin) {
+  const FloatVector rounder = FloatVector{} + 12582912.0f;  // 1.5·2²³: adding it rounds to an integer, in the low bits
+  const FloatVector shifted = x * 0.636619772f + rounder;
+  const FloatVector n = shifted - rounder;
+  const FloatVector r = x - n * 1.5703125f - n * 4.837512969970703125e-4f - n * 7.549790126404332e-8f, z = r * r;
+  const FloatVector sin_r = r + r * z * ((z * -1.9514957e-4f + 8.332158e-3f) * z - 0.16666655f);
+  const FloatVector cos_r = 1.0f - z * 0.5f + z * z * ((z * 2.4432784e-5f - 1.3887313e-3f) * z + 0.041666646f);
+  const IntVector quadrant = (IntVector)shifted, odd = (quadrant << 31) >> 31;
+  const IntVector turned_cos = (odd & (IntVector)sin_r) | (~odd & (IntVector)cos_r);
+  const IntVector turned_sin = (odd & (IntVector)cos_r) | (~odd & (IntVector)sin_r);
+  cos = (FloatVector)(turned_cos ^ (((quadrant + 1) & 2) << 30));
+  sin = (FloatVector)(turned_sin ^ ((quadrant & 2) << 30));
+}
+
+inline void sincos(const float* angles, float* cos, float* sin, int64_t n) {
+  for_each_vector<float>(n, [&](int64_t i, auto part) {
+    FloatVector c, s;
+    sincos(load(angles + i, part), c, s);
+    store(cos + i, c, part);
+    store(sin + i, s, part);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    if (std::fabs(angles[i]) < kFarAngle) continue;  // not so: far angles, infinities, NaN
+    cos[i] = std::cos(angles[i]);
+    sin[i] = std::sin(angles[i]);
+  }
+}
+
+inline void sincos(const double* angles, double* cos, double* sin, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    cos[i] = std::cos(angles[i]);
+    sin[i] = std::sin(angles[i]);
+  }
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------------------

@@ -27,15 +27,28 @@ alignas(64) constexpr float kTail[6][16] = {
      -0.00109567086f, -0.000708005566f, -0.00033486326f, -0.000124616665f, -3.76925673e-05f, -9.4331981e-06f, -1.97513714e-06f, -3.4858158e-07f},
 };
 
+// The same for bfloat16, with powers 0 to 3: off by 2e-5 up to a = 2, 4e-4 up to 3, 6e-3 at the end; its rounding is 4e-3.
+alignas(64) constexpr float kCoarseTail[4][16] = {
+    {0.5f, 0.353832722f, 0.226630792f, 0.13029708f, 0.066808112f, 0.0303960033f, 0.0122236386f, 0.00433172379f,
+     0.00134946452f, 0.000368878565f, 8.83431203e-05f, 1.85141143e-05f, 3.3919282e-06f, 5.42818498e-07f, 7.58297958e-08f, 9.24199561e-09f},
+    {-0.398947448f, -0.371842921f, -0.30112353f, -0.211867049f, -0.129515812f, -0.0687911212f, -0.0317471884f, -0.0127308061f,
+     -0.00443610642f, -0.0013432696f, -0.000353477139f, -8.0838814e-05f, -1.60680756e-05f, -2.77599884e-06f, -4.16881647e-07f, -5.44216014e-08f},
+    {0.000142161996f, 0.0691451952f, 0.112128668f, 0.118581332f, 0.0969257206f, 0.0645794272f, 0.0359155424f, 0.0168841369f,
+     0.00676005706f, 0.002316311f, 0.000681468402f, 0.000172547501f, 3.76640273e-05f, 7.09670894e-06f, 1.1553858e-06f, 1.62656207e-07f},
+    {0.0655372962f, 0.052600909f, 0.0214333329f, -0.00959103182f, -0.0268794093f, -0.0285576973f, -0.0211876202f, -0.0122655677f,
+     -0.00577706471f, -0.00226016063f, -0.000743298326f, -0.000207043719f, -4.909782e-05f, -9.94831862e-06f, -1.72702403e-06f, -2.57397033e-07f},
+};
+
 // Φ(g)
-inline FloatVector normal_cdf(FloatVector g) {
+template <int kPowers>
+inline FloatVector normal_cdf(FloatVector g, const float (&table)[kPowers][16]) {
   const FloatVector a = (FloatVector)((IntVector)g & 0x7fffffff);
   const FloatVector rounder = FloatVector{} + 12582912.0f;  // 1.5·2²³: adding it rounds to an integer, in the low bits
   const FloatVector shifted = a * (1 / kStep) + rounder;
   const IntVector n = (IntVector)shifted & 15;
   const FloatVector x = a - (shifted - rounder) * kStep;
-  FloatVector tail = lookup(kTail[5], n);
-  for (int power = 4; power >= 0; --power) tail = tail * x + lookup(kTail[power], n);
+  FloatVector tail = lookup(table[kPowers - 1], n);
+  for (int power = kPowers - 2; power >= 0; --power) tail = tail * x + lookup(table[power], n);
   tail = (a >= kTailEnd) ? FloatVector{} : tail;  // not of NaN
   return (g < 0.0f) ? tail : 1.0f - tail;
 }
@@ -58,11 +71,46 @@ inline DoubleVector normal_density(DoubleVector g) {
   return result;
 }
 
-// Asks for the lines of one vector of the next row. Value and gate are two streams that jump at every row, too short for the
-// hardware to run ahead of: without this a float32 forward out of cache takes 1.3 times as long. Past the end it does no harm.
-template <int kWrite>
-inline void prefetch(const void* next) {
-  __builtin_prefetch(next, kWrite);
+// Results of more bytes than this are written past the caches.
+constexpr int64_t kStreamedBytes = int64_t(1) << 26;
+
+template <class T>
+constexpr bool kCoarse = false;
+template <>
+constexpr bool kCoarse<BFloat16> = true;
+
+// Φ(g) as elements T need it.
+template <class T>
+inline Vector<T> cdf_for(Vector<T> g) {
+  if constexpr (sizeof(T) == sizeof(double)) return normal_cdf(g);
+  else if constexpr (kCoarse<T>) return normal_cdf(g, kCoarseTail);
+  else return normal_cdf(g, kTail);
+}
+
+// Asks for what the next row has of a row of 2n elements, two vectors a step. Value and gate are two streams that jump at every
+// row, too short for the hardware to run ahead of. Short rows are asked for in the order of memory: a float32 forward out of
+// cache then takes 0.7 times as long as where value and gate are asked for side by side, and 0.6 times as long as without. Of
+// long rows, which do not stay in the first-level cache for a whole row, side by side is better. Past the end it does no harm.
+template <int kWrite, class T>
+struct NextRow {
+  static constexpr int64_t kShort = 16384;  // bytes
+  const T *first, *second;
+  int64_t step;
+
+  NextRow(const T* next, int64_t n) {
+    const bool is_short = 2 * n * int64_t(sizeof(T)) <= kShort;
+    first = next, second = next + (is_short ? kLanes<T> : n), step = is_short ? 2 : 1;
+  }
+  void ask(int64_t i) const {
+    __builtin_prefetch(first + step * i, kWrite);
+    __builtin_prefetch(second + step * i, kWrite);
+  }
+};
+
+template <bool kStream, class T, class V, class Part>
+inline void write(T* p, V v, Part part) {
+  if (kStream) stream(p, v, part);
+  else store(p, v, part);
 }
 
 // body(row, first column, columns) over the whole (rows, n) plane.
@@ -75,25 +123,26 @@ inline void for_each_piece(int64_t rows, int64_t n, int threads, Body body) {
       const int64_t row = unit / pieces, column = unit % pieces * kColumns;
       body(row, column, n - column < kColumns ? n - column : kColumns);
     }
+    end_streaming();
   });
 }
 
-template <class T>
+template <class T, bool kStream>
 void forward(const GegluForward& args, int threads) {
   for_each_piece(args.rows, args.n, threads, [&](int64_t row, int64_t column, int64_t columns) {
     const T* value = static_cast<const T*>(args.x) + row * args.x_row_stride + column;
     const T* gate = value + args.n;
     T* y = static_cast<T*>(args.y) + row * args.n + column;
+    const NextRow<0, T> next(value + args.x_row_stride, args.n);
     for_each_vector<T>(columns, [&](int64_t i, auto part) {
-      prefetch<0>(value + i + args.x_row_stride);
-      prefetch<0>(gate + i + args.x_row_stride);
+      next.ask(i);
       const auto g = load(gate + i, part);
-      store(y + i, load(value + i, part) * (g * normal_cdf(g)), part);
+      write<kStream>(y + i, load(value + i, part) * (g * cdf_for<T>(g)), part);
     });
   });
 }
 
-template <class T>
+template <class T, bool kStream>
 void backward(const GegluBackward& args, int threads) {
   for_each_piece(args.rows, args.n, threads, [&](int64_t row, int64_t column, int64_t columns) {
     const T* value = static_cast<const T*>(args.x) + row * args.x_row_stride + column;
@@ -101,15 +150,15 @@ void backward(const GegluBackward& args, int threads) {
     const T* dy = static_cast<const T*>(args.dy) + row * args.dy_row_stride + column;
     T* dvalue = static_cast<T*>(args.dx) + row * 2 * args.n + column;
     T* dgate = dvalue + args.n;
+    const NextRow<0, T> next(value + args.x_row_stride, args.n);
+    const NextRow<1, T> next_result(dvalue + 2 * args.n, args.n);
     for_each_vector<T>(columns, [&](int64_t i, auto part) {
-      prefetch<0>(value + i + args.x_row_stride);
-      prefetch<0>(gate + i + args.x_row_stride);
-      prefetch<1>(dvalue + i + 2 * args.n);
-      prefetch<1>(dgate + i + 2 * args.n);
+      next.ask(i);
+      if (!kStream) next_result.ask(i);
       const auto g = load(gate + i, part), d = load(dy + i, part);
-      const auto cdf = normal_cdf(g);
-      store(dvalue + i, d * (g * cdf), part);
-      store(dgate + i, d * load(value + i, part) * (cdf + g * normal_density(g)), part);
+      const auto cdf = cdf_for<T>(g);
+      write<kStream>(dvalue + i, d * (g * cdf), part);
+      write<kStream>(dgate + i, d * load(value + i, part) * (cdf + g * normal_density(g)), part);
     });
   });
 }
@@ -118,12 +167,24 @@ void backward(const GegluBackward& args, int threads) {
 
 template <class InstructionSet>
 void geglu_forward(const GegluForward& args, int threads) {
-  with_element_type(args.dtype, [&](auto element) { forward<decltype(element)>(args, threads); });
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t row_bytes = args.n * int64_t(sizeof(T));
+    const bool streams = sizeof(T) >= 4 && args.rows * row_bytes > kStreamedBytes && can_stream(args.y, row_bytes);
+    if (streams) forward<T, sizeof(T) >= 4>(args, threads);
+    else forward<T, false>(args, threads);
+  });
 }
 
 template <class InstructionSet>
 void geglu_backward(const GegluBackward& args, int threads) {
-  with_element_type(args.dtype, [&](auto element) { backward<decltype(element)>(args, threads); });
+  with_element_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t row_bytes = args.n * int64_t(sizeof(T));
+    const bool streams = sizeof(T) >= 4 && 2 * args.rows * row_bytes > kStreamedBytes && can_stream(args.dx, row_bytes);
+    if (streams) backward<T, sizeof(T) >= 4>(args, threads);
+    else backward<T, false>(args, threads);
+  });
 }
 
 template void geglu_forward<Native>(const GegluForward&, int);

@@ -106,7 +106,10 @@ def rope_case(label, grid, heads, dim, r, layout="plain") -> Case:
     b, h, w = grid
 
     def make(random):
-        q, k = (laid_out(random, (b, h, w, heads, dim), layout) for _ in range(2))
+        if layout == "packed":
+            q, k, _ = random(b, h, w, 3, heads, dim).unbind(3)
+        else:
+            q, k = (laid_out(random, (b, h, w, heads, dim), layout) for _ in range(2))
         scale = 4 * random(heads, dtype=random.angles().dtype)
         return (q, k, scale, hdit_kernels.AxialRope(random.angles(h, heads, r), random.angles(w, heads, r))), {}
 
@@ -177,7 +180,14 @@ TESTED: tuple[Case, ...] = (
     attention_case("packed, everything", (1, 9, 8), packed=True, kernel_size=5, extra=2, mask=True, **FULL),
     rope_case("HDiT's half head", (2, 5, 7), 2, 64, 8),
     rope_case("whole head, odd size", (1, 3, 4), 3, 9, 2),
+    rope_case("packed views", (2, 4, 3), 2, 64, 8, layout="packed"),
     rope_case("heads first", (2, 4, 3), 2, 16, 2, layout="heads first"),
+    rope_case("expanded batch", (3, 4, 3), 2, 16, 2, layout="expanded"),
+    rope_case("every second feature", (1, 4, 3), 2, 16, 2, layout="every second feature"),
+    rope_case("head of 128, rows in pieces", (2, 2, 70), 2, 128, 16),
+    rope_case("head of 44, angles of no vector's length", (1, 3, 5), 2, 44, 11),
+    rope_case("head of 27, some angles", (1, 3, 5), 3, 27, 5),
+    rope_case("head of 3 without angles", (1, 3, 5), 2, 3, 0),
     rope_case("empty batch", (0, 4, 3), 2, 16, 2),
     geglu_case("vector", 10),
     geglu_case("odd width", 3, 5, 2 * 37),
@@ -211,6 +221,7 @@ def timed() -> tuple[Case, ...]:
     for side in (32, 64, 128):
         grid = (1, side, side)
         cases.append(rope_case(f"{side}x{side}x{heads}x{dim}", grid, heads, dim, dim // 8))
+    cases.append(rope_case("16x16x8x64 packed", (1, 16, 16), 8, 64, 8, layout="packed"))  # where attention is global
     for tokens, channels in (1, 256), (256, 768), (4096, 128), (65536, 128), (1024, 1024):
         cases.append(geglu_case(f"{tokens}x{6 * channels}", 1, tokens, 6 * channels))
         cases.append(norm_case(f"{tokens}x{channels}", (1, tokens, channels), (1, channels)))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hdit_kernels import op
+from hdit_kernels import extension, op
 
 EPS = 1e-6
 
@@ -31,7 +31,8 @@ def cosine_rope(
     """q', k' such that q'·k' = cosine_scale[h] · cos(q, k) with both rotated by their positions.
 
     Args:
-        q, k: (B, H, W, heads, dim), of one dtype: float32, bfloat16, float16 or float64.
+        q, k: (B, H, W, heads, dim), of one dtype: float32, bfloat16, float16 or float64; any strides (copied only if
+            the last axis is not contiguous).
         cosine_scale: (heads,), any floating dtype, any sign; multiplies q alone.
         rope: angles as in `AxialRope`; constants, no gradient flows to them.
         backend: None for the best one present, or "cpu", "cuda", "triton", "reference" for exactly that.
@@ -142,6 +143,59 @@ def allocate(q, k, cosine_scale, height_angles, width_angles):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    """x with a contiguous last axis, which the kernels read in place; what lies otherwise is copied."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def placed(x: Tensor | None) -> list[int]:
+    """Address and strides of (B, H, W, heads, dim), or of (B, S, heads, dim), whose tokens lie along W."""
+    if x is None:
+        return [0] * 5
+    batch, *grid, tokens, heads, _ = x.stride()
+    return [x.data_ptr(), batch, grid[0] if grid else 0, tokens, heads]
+
+
+def native_arguments(q, k, cosine_scale, height_angles, width_angles):
+    """(what the compiled forward and backward passes begin with, the tensors that must live until they have run)"""
+    q, k = dense(q), dense(k)
+    scale = cosine_scale.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    dtype = torch.promote_types(height_angles.dtype, width_angles.dtype)
+    angles = [t.to(dtype).contiguous() for t in (height_angles, width_angles)]
+    pointers = [t.data_ptr() for t in (scale, *angles)]
+    sizes = [*q.shape, height_angles.shape[-1]]
+    packed = placed(q), placed(k), pointers, sizes, extension.dtype(angles[0]), extension.dtype(q)
+    return packed, (q, k, scale, *angles)
+
+
+def forward(backend: str, inputs, outputs, params) -> None:
+    arguments, _alive = native_arguments(*inputs)
+    run = extension.function(backend, "cosine_rope_forward")
+    run(*arguments, *(t.data_ptr() for t in outputs), *extension.place(backend, inputs[0]))
+
+
+def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
+    arguments, _alive = native_arguments(*inputs)
+    dq_prepared, dk_prepared = (dense(g) for g in grad_outputs)
+    dq, dk, dscale = grads
+    for given, wanted in (dq_prepared, (dq, dscale)), (dk_prepared, (dk,)):
+        if given is None:  # this output was not used
+            for gradient in wanted:
+                if gradient is not None:
+                    gradient.zero_()
+    if dq_prepared is None:
+        dq = dscale = None
+    if dk_prepared is None:
+        dk = None
+    wide = torch.promote_types(inputs[0].dtype, torch.float32)
+    target = dscale if dscale is None or dscale.dtype is wide else torch.empty_like(dscale, dtype=wide)
+    run = extension.function(backend, "cosine_rope_backward")
+    addresses = [0 if g is None else g.data_ptr() for g in (dq, dk, target)]
+    run(*arguments, placed(dq_prepared), placed(dk_prepared), *addresses, *extension.place(backend, inputs[0]))
+    if target is not dscale:
+        dscale.copy_(target)
+
+
 COSINE_ROPE = op.Op(
     name="cosine_rope",
     inputs=("q", "k", "cosine_scale", "height_angles", "width_angles"),
@@ -152,4 +206,7 @@ COSINE_ROPE = op.Op(
     reference=reference,
     allocate=allocate,
     macs=lambda *arguments: (0, 0),  # no matrix product
+    kernels=("cpu",),
+    forward=forward,
+    backward=backward,
 )

@@ -146,6 +146,14 @@ def test_gelu_is_accurate_over_the_whole_range(instruction_set):
     assert (dgate - slope).abs().max() < 1.5e-7
 
 
+def test_gelu_in_bfloat16_is_off_by_little_more_than_its_rounding(instruction_set):
+    gate = torch.linspace(-5.75, 14, 8001).to(torch.bfloat16)
+    exact = gate.double() * 0.5 * torch.special.erfc(-gate.double() * math.sqrt(0.5))
+    got = geglu_forward(torch.stack([torch.ones_like(gate), gate], -1))[:, 0].double()
+    off = ((got - exact).abs() / exact.abs().clamp(min=1e-30)).double()
+    assert off[gate > -2].max() < 2**-8 + 3e-5 and off[gate > -3].max() < 2**-8 + 5e-4 and off.max() < 2**-8 + 7e-3
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_geglu_of_special_numbers(instruction_set, dtype):
     """Infinities, NaN, signed zeros, the largest and smallest numbers: as PyTorch in the same dtype."""
@@ -165,6 +173,21 @@ def test_results_are_rounded_to_nearest_even(instruction_set, dtype):
     x = torch.stack([value, 6 + 3 * torch.rand(4000, generator=generator)], -1).to(dtype)
     expected = (x[:, 0].float() * x[:, 1].float()).to(dtype)
     assert torch.equal(geglu_forward(x)[:, 0].view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("n", [384, 383])
+def test_results_larger_than_the_caches_are_the_same(instruction_set, n):
+    """They are written past the caches where their rows are aligned; in parts they are not."""
+    rows = (1 << 24) // n + 100  # the result of the forward pass is just above 64 MiB
+    x = torch.randn(rows, 2 * n, generator=torch.Generator().manual_seed(0))
+    dy = x[:, :n]
+    y, dx = torch.full((rows, n), math.nan), torch.full((rows, 2 * n), math.nan)
+    _C.cpu.geglu_forward(x.data_ptr(), y.data_ptr(), rows, n, 2 * n, 0, 2)
+    _C.cpu.geglu_backward(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), rows, n, 2 * n, 2 * n, 0, 2)
+    for part in range(0, rows, rows // 5):
+        some = slice(part, part + rows // 5)
+        assert torch.equal(y[some], geglu_forward(x[some]))
+        assert torch.equal(dx[some], geglu_backward(x[some], dy[some]))
 
 
 # ---- AdaRMSNorm --------------------------------------------------------------------------------------------
@@ -345,6 +368,24 @@ def test_errors_name_argument_value_and_what_is_accepted(change, sentence):
     assert torch.equal(y, before)
     _C.cpu.geglu_forward(**arguments)
     assert not torch.equal(y, before)
+
+
+def test_bad_arguments_of_cosine_rope_are_refused():
+    x, angles = torch.randn(1, 2, 3, 1, 8), torch.randn(3, 1, 2)
+    row, out = [x.data_ptr(), *x.stride()[:4]], [Output(x.shape, x.dtype) for _ in range(2)]
+    arguments = dict(q=row, k=row, pointers=[torch.ones(1).data_ptr(), *[angles.data_ptr()] * 2], sizes=[*x.shape, 2])
+    arguments |= dict(angles_dtype=0, dtype=0, q_prepared=out[0].address(), k_prepared=out[1].address(), threads=1)
+    for change, sentence in (
+        ({"sizes": [*x.shape, 3]}, "angles is 3, but must be at most dim/4 = 2"),
+        ({"sizes": [1, -2, 3, 1, 8, 2]}, "height is -2, but must be at least 0"),
+        ({"k": [0, *row[1:]]}, "k is 0, but must be the address of a tensor with elements"),
+        ({"dtype": code(torch.float64)}, "angles_dtype is 0, but must be float64 or, unless dtype is float64, float32"),
+        ({"threads": 0}, "threads is 0, but must be at least 1"),
+    ):
+        with pytest.raises(ValueError) as error:
+            _C.cpu.cosine_rope_forward(**{**arguments, **change})
+        assert str(error.value) == f"cosine_rope_forward: {sentence}"
+    assert all(o.result().isnan().all() for o in out)
 
 
 def test_unknown_instruction_set_lists_the_known_ones():

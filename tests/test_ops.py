@@ -203,6 +203,68 @@ def test_every_instruction_set_agrees(instruction_set, poisoned):
         CPU.set_instruction_set(before)
 
 
+@pytest.mark.parametrize("instruction_set", CPU.instruction_sets() if CPU else [])
+@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.float64], ids=str)
+def test_angles_of_many_turns_keep_their_digits(instruction_set, angle_dtype):
+    """cos and sin to 1e-7 up to 10⁴ radians, on both sides of where the fast reduction ends, and near their zeros."""
+    width, r, half_turn = 512, 8, math.pi / 2
+    zeros = torch.arange(-548, 548, dtype=torch.float64) * 11 * half_turn
+    angles = torch.cat([torch.linspace(-1e4, 1e4, 3000, dtype=torch.float64), zeros])
+    angles = angles.to(angle_dtype).reshape(width, 1, r)
+    q = torch.zeros(1, 1, width, 1, 4 * r)
+    q[..., r : 2 * r] = 1  # the features that turn by the columns' angles: their cosines, and 2r later their sines
+    rope = hdit_kernels.AxialRope(torch.zeros(1, 1, r, dtype=angle_dtype), angles)
+    before = CPU.instruction_set()
+    CPU.set_instruction_set(instruction_set)
+    try:
+        turned, _ = hdit_kernels.cosine_rope(q, q, torch.tensor([math.sqrt(r)]), rope, backend="cpu")
+    finally:
+        CPU.set_instruction_set(before)
+    turned = turned[0, 0].double() * math.sqrt(1 + 1e-6 / r)
+    assert angles.abs().max() > 9999
+    assert (turned[..., r : 2 * r] - angles.double().cos()).abs().max() < 2.5e-7
+    assert (turned[..., 3 * r :] - angles.double().sin()).abs().max() < 2.5e-7
+
+
+@pytest.mark.parametrize("instruction_set", CPU.instruction_sets() if CPU else [])
+def test_cosine_rope_of_every_head_size(instruction_set, poisoned):
+    before = CPU.instruction_set()
+    CPU.set_instruction_set(instruction_set)
+    try:
+        for dim in (*range(1, 10), 15, 16, 17, 31, 33, 48, 63, 66):
+            for dtype in (torch.float32, torch.bfloat16):
+                errors = cases.compare(cases.rope_case(str(dim), (1, 2, 3), 2, dim, dim // 4), dtype, backend="cpu")
+                gradients = dim > 1  # a head of one feature has a constant cosine: rounding is all there is
+                assert all(error <= 1 for what, error in errors.items() if gradients or "output" in what), (dim, errors)
+    finally:
+        CPU.set_instruction_set(before)
+
+
+def test_gradients_of_cosine_rope_that_are_not_wanted_are_not_computed():
+    """Every choice of leaves, and of outputs used, gives what all together give."""
+    case = next(c for c in cases.TESTED if c.label == "HDiT's half head")
+    (q, k, scale, rope), _ = case.arguments(torch.float32)
+    weights = [torch.randn(q.shape) for _ in range(2)]
+
+    def gradients(wanted, used):
+        leaves = [t.detach().requires_grad_(want) for t, want in zip((q, k, scale), wanted, strict=True)]
+        outputs = hdit_kernels.cosine_rope(*leaves, rope)
+        loss = sum((outputs[i] * weights[i]).sum() for i in used)
+        wanted = [t for t in leaves if t.requires_grad]
+        return iter(torch.autograd.grad(loss, wanted, materialize_grads=True))
+
+    everything = list(gradients((True, True, True), (0, 1)))
+    for used in ((0, 1), (0,), (1,)):
+        for wanted in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)):
+            flows = [0 in used, 1 in used, 0 in used]  # the scale multiplies q alone
+            if not any(w and f for w, f in zip(wanted, flows, strict=True)):
+                continue
+            got = gradients([bool(w) for w in wanted], used)
+            for want, flow, expected in zip(wanted, flows, everything, strict=True):
+                if want:
+                    assert torch.equal(next(got), expected if flow else torch.zeros_like(expected))
+
+
 def test_extra_tokens_alone_and_hidden_ones():
     """Every key of the grid hidden: what is left is attention to the extra tokens."""
     case = next(c for c in cases.TESTED if c.label == "extra keys")
