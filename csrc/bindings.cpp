@@ -12,7 +12,7 @@
 #include "ada_rms_norm.h"
 #include "cosine_rope.h"
 #include "geglu.h"
-#include "neighborhood_attention.h"
+#include "neighborhood_attention/neighborhood_attention.h"
 #include "peak.h"
 
 namespace py = pybind11;
@@ -88,14 +88,15 @@ std::vector<InstructionSet> usable_instruction_sets() {
   std::vector<InstructionSet> usable = {instruction_set<Baseline>("SSE2")};
   if (CPU_HAS("avx2") && CPU_HAS("fma") && CPU_HAS("f16c") && CPU_HAS("bmi") && CPU_HAS("bmi2")) {
     usable.push_back(instruction_set<Avx2>("AVX2"));
-    if (CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512cd") && CPU_HAS("avx512dq") && CPU_HAS("avx512vl"))
+    if (CPU_HAS("avx512f") && CPU_HAS("avx512bw") && CPU_HAS("avx512cd") && CPU_HAS("avx512dq") && CPU_HAS("avx512vl")) {
       usable.push_back(instruction_set<Avx512>("AVX-512"));
 #if defined(HDIT_AVX512_BF16)
-    if (usable.size() == 3 && CPU_HAS("avx512bf16")) {
-      usable.push_back(instruction_set<Avx512>("AVX-512 BF16"));
-      usable.back().neighborhood_attention_forward = neighborhood_attention_forward_bf16;
-    }
+      if (CPU_HAS("avx512bf16")) {
+        usable.push_back(instruction_set<Avx512>("AVX-512 BF16"));
+        usable.back().neighborhood_attention_forward = neighborhood_attention_forward_bf16;
+      }
 #endif
+    }
   }
   return usable;
 #elif defined(__ARM_NEON)

@@ -19,6 +19,13 @@ struct Float16 {
   uint16_t bits;
 };
 
+// A (batch, height, width, heads, size) tensor, or (batch, tokens, heads, size) with height_stride unused. Strides count
+// elements; the last axis is contiguous.
+struct Tokens {
+  void* data;
+  int64_t batch_stride, height_stride, width_stride, head_stride;
+};
+
 // Instruction sets: a CPU kernel is a function template over one of these, instantiated by the file compiled for it.
 struct Baseline {};  // 128-bit vectors: SSE2 on x86-64, NEON on ARM
 struct Avx2 {};      // x86-64-v3: AVX2, FMA, F16C
@@ -544,6 +551,11 @@ class Scratch {
  private:
   BlockCache::Block block_;
 };
+
+template <class T>
+inline T* at(const Tokens& t, int64_t b, int64_t y, int64_t x, int64_t h) {
+  return static_cast<T*>(t.data) + b * t.batch_stride + y * t.height_stride + x * t.width_stride + h * t.head_stride;
+}
 
 // body(T{}) with the element type of `dtype`.
 template <class Body>

@@ -3,7 +3,7 @@
 // a head by height_angles[y, h, i] for i < angles and by width_angles[x, h, i − angles] for angles <= i < 2·angles.
 #pragma once
 
-#include "neighborhood_attention.h"  // Tokens
+#include "core.h"  // Tokens
 
 namespace hdit {
 

@@ -12,13 +12,6 @@ struct Window {
   bool causal;
 };
 
-// A (batch, height, width, heads, size) tensor, or (batch, tokens, heads, size) with height_stride unused. Strides count
-// elements; the last axis is contiguous.
-struct Tokens {
-  void* data;
-  int64_t batch_stride, height_stride, width_stride, head_stride;
-};
-
 // "Wide" below is float32, or float64 where q is float64.
 struct NeighborhoodAttention {
   Tokens q, k, v;             // (batch, height, width, heads, dim); v: v_dim
@@ -44,7 +37,7 @@ struct NeighborhoodAttentionBackward {
   void* dcosine_scale;            // (batch, heads) wide, written, to be summed over the batch; or null
 };
 
-// The fast path: marching strips (neighborhood_attention_strips_cpu.cpp). False, and nothing done, where it does not apply.
+// The fast path: marching strips (strips.h). False, and nothing done, where it does not apply.
 template <class InstructionSet>
 bool neighborhood_attention_strips_forward(const NeighborhoodAttention& args, int threads);
 template <class InstructionSet>
@@ -59,11 +52,6 @@ void neighborhood_attention_backward(const NeighborhoodAttentionBackward& args, 
 namespace {
 
 constexpr double kEps = 1e-6;  // in the lengths of q and k, as in the reference
-
-template <class T>
-inline T* at(const Tokens& t, int64_t b, int64_t y, int64_t x, int64_t h) {
-  return static_cast<T*>(t.data) + b * t.batch_stride + y * t.height_stride + x * t.width_stride + h * t.head_stride;
-}
 
 // What multiplies q·k, or the cosine: |logit| <= |this| with cosine similarity.
 template <class S>
