@@ -247,12 +247,13 @@ INLINE void transpose(const float* const* rows, int64_t offset, FloatVector (&co
 template <class S>
 INLINE void transpose_tokens(const S* const* tokens, int64_t begin, int64_t end, S* target, int64_t width, Vector<S>& squares) {
   for (int64_t d = begin; d < end; d += kLanes<S>) {
-    Vector<S> columns[kLanes<S>];
+    Vector<S> columns[kLanes<S>], part = {};  // one sum of all features would lose more digits
     transpose(tokens, d, columns);
     UNROLLED for (int i = 0; i < kLanes<S>; ++i) {
-      squares += columns[i] * columns[i];
+      part += columns[i] * columns[i];
       store(target + (d + i) * width, columns[i], Full{});
     }
+    squares += part;
   }
 }
 

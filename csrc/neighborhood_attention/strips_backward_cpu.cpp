@@ -191,14 +191,12 @@ struct Backward {
     for (int64_t m = 0; m < rows.kernel; ++m) {
       S *w = weights(i, m) + column, *dw = dweights(i, m) + column;
       const S *length = lengths(i - rows.kernel / 2 + m) + column, *cosine = cosines(j, m) + column;
-      Vector<S> part = {};
       for (int64_t n = 0; n < kernel * kStrip; n += kStrip, ++length) {
         const Vector<S> weight = load(w + n, Full{}) * inverse, dlogit = weight * (load(dw + n, Full{}) - delta);
         store(w + n, weight, Full{});
         store(dw + n, dlogit * (query_length * load(length, Full{})), Full{});
-        part += dlogit * load(cosine + n, Full{});
+        add_widened(dfactor, dlogit * load(cosine + n, Full{}));
       }
-      add_widened(dfactor, part);
     }
     double lanes[kL], total = 0;
     std::memcpy(lanes, dfactor, sizeof lanes);
