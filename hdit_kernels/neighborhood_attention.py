@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from hdit_kernels import extension, op
-from hdit_kernels.cosine_rope import AxialRope, check_cosine_scale, check_rope, check_tokens, normalise, prepare
+from hdit_kernels.cosine_rope import (
+    AxialRope,
+    check_cosine_scale,
+    check_rope,
+    check_tokens,
+    dense,
+    normalise,
+    placed,
+    prepare,
+)
 
 TILE = 2**18  # elements of gathered keys that the reference holds at a time, about what a core's cache takes
 
@@ -266,19 +275,6 @@ def reference_backward(grad_outputs, inputs, grads, params):
 # ---- the compiled kernels -------------------------------------------------------------------------------------------
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    """x with a contiguous last axis, which the kernels read in place; what lies otherwise is copied."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def placed(x: Tensor | None) -> list[int]:
-    """Address and strides of (B, H, W, heads, dim), or of (B, S, heads, dim), whose tokens lie along W."""
-    if x is None:
-        return [0] * 5
-    batch, *grid, tokens, heads, _ = x.stride()
-    return [x.data_ptr(), batch, grid[0] if grid else 0, tokens, heads]
-
-
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -289,6 +285,9 @@ def native_arguments(inputs, outputs, params):
     kernel_size, stride, dilation, is_causal, scale = params
     dtype = torch.promote_types(q.dtype, torch.float32)
     tokens = [dense(t) for t in (q, k, v, extra_keys, extra_values)]
+    if angles[0] is not None:  # float64 angles of many turns keep their digits in float32
+        turn = 2 * math.pi
+        angles = [t if t.dtype is dtype else t - turn * torch.round(t / turn) for t in angles]
     others = [None if t is None else t.to(dtype).contiguous() for t in (cosine_scale, *angles)]
     others += [None if key_mask is None else key_mask.contiguous(), *outputs]
     batch, height, width, heads, dim = q.shape

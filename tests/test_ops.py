@@ -226,6 +226,17 @@ def test_angles_of_many_turns_keep_their_digits(instruction_set, angle_dtype):
     assert (turned[..., 3 * r :] - angles.double().sin()).abs().max() < 2.5e-7
 
 
+def test_attention_keeps_the_digits_of_float64_angles(poisoned):
+    """Angles of a thousand turns, which float32 would hold to 5e-4 radians, with float32 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 1, 5, 6, 2, 16, generator=generator)
+    angles = (1e4 * torch.rand(n, 2, 4, generator=generator, dtype=torch.float64) for n in (5, 6))
+    rope = hdit_kernels.AxialRope(*angles)
+    got = hdit_kernels.neighborhood_attention(*tokens, 5, scale=1.0, rope=rope, backend="cpu")
+    exact = hdit_kernels.neighborhood_attention(*tokens.double(), 5, scale=1.0, rope=rope, backend="reference")
+    assert (got - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("instruction_set", CPU.instruction_sets() if CPU else [])
 def test_cosine_rope_of_every_head_size(instruction_set, poisoned):
     before = CPU.instruction_set()
