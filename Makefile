@@ -58,7 +58,7 @@ TESTS := import sys, pytest; from hdit_kernels import _C; assert _C.__file__.sta
 	sys.exit(pytest.main(sys.argv[1:]))
 
 sanitize: setup
-	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(FOLDER) -G Ninja -DHDIT_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) \
+	CXX=$(CXX) PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(FOLDER) -G Ninja -DHDIT_SANITIZE=ON \
 		-DPython_EXECUTABLE=$(abspath $(RUN)) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(FOLDER)/hdit_kernels
 	PATH=$(abspath $(BIN)):$$PATH cmake --build $(FOLDER) --target _C
