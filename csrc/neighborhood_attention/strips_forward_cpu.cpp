@@ -14,7 +14,8 @@ __attribute__((noinline)) void logits(const E* const* queries, const S* const* f
     Vector<S> sums[R][C];
     const E* q[R];
     UNROLLED for (int j = 0; j < R; ++j) q[j] = queries[j] + column;
-    products<E, R, C>(q, keys + first + column, width, dim, sums);
+    if constexpr (kPerElement<E> == 1) products_in_parts<E, R, C>(q, keys + first + column, width, dim, sums);
+    else products<E, R, C>(q, keys + first + column, width, dim, sums);  // whose rounding is bfloat16's anyway
     UNROLLED for (int j = 0; j < R; ++j) {
       const Vector<S> factor = load(factors[j] + column, Full{});
       Vector<S> total = load(running[j] + column, Full{});
@@ -288,13 +289,24 @@ void forward(const NeighborhoodAttention& a, int threads) {
   });
 }
 
+#if defined(__AVX512BF16__)
+// Products of pairs round turned queries and keys to bfloat16 once more, a 2⁻⁹th of each feature: of steep logits that is too
+// much. Tokens that do not turn are not rounded.
+inline bool rounds_little(const NeighborhoodAttention& a) {
+  if (a.angles == 0) return true;
+  for (int64_t h = 0; h < a.heads; ++h)
+    if (a.cosine_scale == nullptr || !(std::fabs(logit_factor<float>(a, h)) <= kBoundedFactor)) return false;
+  return true;
+}
+#endif
+
 }  // namespace
 
 #if defined(__AVX512BF16__)
 // Of this instruction set only what AVX-512 has not: the forward pass of bfloat16.
 template <>
 bool neighborhood_attention_strips_forward<Avx512Bf16>(const NeighborhoodAttention& args, int threads) {
-  if (args.dtype != DType::bfloat16 || !fits(args)) return false;
+  if (args.dtype != DType::bfloat16 || !fits(args) || !rounds_little(args)) return false;
   forward<BFloat16>(args, threads);
   return true;
 }
