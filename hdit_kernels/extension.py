@@ -38,5 +38,15 @@ def place(backend: str, x: Tensor) -> tuple[int, ...]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+LARGE = 4 << 20  # bytes, from where on an allocator maps memory anew (NumPy advises from here on too)
+
+
+def advise_large(tensors: tuple[Tensor, ...]) -> None:
+    """Asks for large pages under tensors in main memory that are about to be written for the first time."""
+    for x in tensors:
+        if x.device.type == "cpu" and x.nbytes >= LARGE and module is not None:
+            module.cpu.advise_large(x.data_ptr(), x.nbytes)
+
+
 def declines_float64(backend: str, x: Tensor) -> str | None:
     return "it computes in float32, and float64 was given" if backend != "cpu" and x.dtype is torch.float64 else None

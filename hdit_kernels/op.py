@@ -213,6 +213,7 @@ class Op:
             outputs = (self.reference_forward or self.reference)(*arguments)
             return _one(tuple(o.contiguous() for o in _tuple(outputs)))
         outputs = self.allocate(*arguments)
+        extension.advise_large(outputs)
         n = len(self.inputs)
         self.forward(backend, arguments[:n], outputs, arguments[n:])
         return _one(outputs)
@@ -237,6 +238,7 @@ class Op:
     def _run_backward(self, *arguments):
         grad_outputs, inputs, saved, params, needs, backend = self._split_backward(arguments)
         grads = self._empty_grads(inputs, needs)
+        extension.advise_large(grads)
         wanted = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
         if all(g is None for g in grad_outputs):
             for grad in grads:
