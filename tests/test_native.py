@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import hdit_kernels
 from hdit_kernels import _C
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -414,5 +415,5 @@ def test_large_results_take_few_page_faults():
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     if setting.exists() and "[never]" not in setting.read_text():
         assert faults < y.nbytes / 4096 / 4
-    value, gate = x[:, -8:].double().chunk(2, -1)
-    assert (y[:, -8:] - value * torch.nn.functional.gelu(gate)).abs().max() < 1e-5
+    value, gate = x[:, ::997].double().chunk(2, -1)
+    assert (y[:, ::997] - value * F.gelu(gate)).abs().max() < 1e-5
