@@ -213,5 +213,4 @@ def test_attention_holds_no_copies_of_its_inputs():
     forward = peak_memory(256, "float32", "cpu", "forward", 1)
     assert 0.95 * results < forward < results + tokens / 4
     both = peak_memory(256, "float32", "cpu", "forward+backward", 1)
-    # and the gradient of qkv, and for one head at a time what its tokens add up
-    assert 0.95 * (results + 3 * tokens) < both < results + 3 * tokens + 8 * tokens / 2
+    assert 0.95 * (results + 3 * tokens) < both < results + 3 * tokens + tokens / 4  # and the gradient of qkv

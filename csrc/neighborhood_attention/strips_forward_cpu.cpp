@@ -255,11 +255,10 @@ struct Forward {
   void march(int64_t b, int64_t c, int64_t strip, int64_t head, int64_t count, int64_t begin, int64_t end) {
     const Axis rows = call.rows(c), axis = call.columns(c);
     columns.place(axis, strip);
-    int64_t have = -1;
+    const int64_t from = rows.low(begin * kForwardRows);
+    int64_t have = from;  // rows of keys in the rings: up to this one
     for (int64_t i = begin * kForwardRows; i < smaller(rows.length, end * kForwardRows); i += kForwardRows) {
       const int64_t queries = smaller(kForwardRows, rows.length - i);
-      const int64_t from = have < 0 ? rows.low(i) : -1;
-      if (have < 0) have = from;
       for (; have < rows.low(i + queries - 1) + rows.kernel; ++have) load_keys(rows, b, have, head, count, have == from);
       for (int64_t j = 0; j < queries; ++j) load_queries(rows, b, i + j, j, head, count);
       look_ahead(rows, axis, b, i, have, head, count);
