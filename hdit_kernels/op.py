@@ -162,8 +162,10 @@ class Op:
         return None
 
     def available(self, device: str) -> tuple[str, ...]:
-        """The backends that are present on that type of device, best first."""
-        return tuple(b for b in BACKENDS.get(device, ("reference",)) if self.missing(b, device) is None)
+        """The backends that are present on that type of device, best first; last, if it is on, Triton's interpreter."""
+        row = BACKENDS.get(device, ("reference",))
+        row += ("triton",) if device == "cpu" else ()
+        return tuple(b for b in row if self.missing(b, device) is None)
 
     def reasons(self, device: str, arguments: Sequence[Any] = ()) -> dict[str, str | None]:
         """Every backend → why it would not take this call, or None."""

@@ -1,8 +1,15 @@
 """Fixtures for the tests of `hdit_kernels`, and how many examples hypothesis draws (`--hypothesis-profile stress`)."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+if (
+    not torch.cuda.is_available()
+):  # Triton kernels then run in their interpreter; it has to know before they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from hdit_kernels import extension
 from hdit_kernels import op as machinery
