@@ -72,6 +72,10 @@ def wide(scale: Tensor, x: Tensor) -> Tensor:
 
 
 def forward(backend: str, inputs, outputs, params) -> None:
+    if backend == "triton":
+        from hdit_kernels import ada_rms_norm_triton
+
+        return ada_rms_norm_triton.forward(inputs, outputs, params)
     x, scale = tokens(*inputs), wide(inputs[1], inputs[0])
     run = extension.function(backend, "ada_rms_norm_forward")
     pointers = x.data_ptr(), scale.data_ptr(), outputs[0].data_ptr()
@@ -80,12 +84,16 @@ def forward(backend: str, inputs, outputs, params) -> None:
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
-    x, dy, scale = tokens(*inputs), tokens(grad_outputs[0], inputs[1]), wide(inputs[1], inputs[0])
     dx, dscale = grads
-    if not x.numel():  # no rows to sum over, but the scale's gradient is still defined
+    if not inputs[0].numel():  # no rows to sum over, but the scale's gradient is still defined
         if dscale is not None:
             dscale.zero_()
         return
+    if backend == "triton":
+        from hdit_kernels import ada_rms_norm_triton
+
+        return ada_rms_norm_triton.backward(grad_outputs, inputs, saved, grads, params)
+    x, dy, scale = tokens(*inputs), tokens(grad_outputs[0], inputs[1]), wide(inputs[1], inputs[0])
     run = extension.function(backend, "ada_rms_norm_backward")
     target = dscale if dscale is None or dscale.dtype is scale.dtype else torch.empty_like(scale)
     pointers = [
@@ -115,7 +123,7 @@ ADA_RMS_NORM = op.Op(
     reference=reference,
     allocate=allocate,
     macs=lambda x, scale, eps: (0, 0),  # no matrix product
-    kernels=("cpu", "cuda"),
+    kernels=("cpu", "triton", "cuda"),
     forward=forward,
     backward=backward,
     declines=lambda backend, x, scale, eps: extension.declines_float64(backend, x),

@@ -169,14 +169,17 @@ def native_arguments(q, k, cosine_scale, height_angles, width_angles):
 
 
 def forward(backend: str, inputs, outputs, params) -> None:
+    if backend == "triton":
+        from hdit_kernels import cosine_rope_triton
+
+        return cosine_rope_triton.forward(inputs, outputs, params)
     arguments, _alive = native_arguments(*inputs)
     run = extension.function(backend, "cosine_rope_forward")
     run(*arguments, *(t.data_ptr() for t in outputs), *extension.place(backend, inputs[0]))
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
-    arguments, _alive = native_arguments(*inputs)
-    dq_prepared, dk_prepared = (dense(g) for g in grad_outputs)
+    dq_prepared, dk_prepared = grad_outputs
     dq, dk, dscale = grads
     for given, wanted in (dq_prepared, (dq, dscale)), (dk_prepared, (dk,)):
         if given is None:  # this output was not used
@@ -187,6 +190,12 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
         dq = dscale = None
     if dk_prepared is None:
         dk = None
+    if backend == "triton":
+        from hdit_kernels import cosine_rope_triton
+
+        return cosine_rope_triton.backward(grad_outputs, inputs, saved, (dq, dk, dscale), params)
+    arguments, _alive = native_arguments(*inputs)
+    dq_prepared, dk_prepared = (dense(g) for g in grad_outputs)
     wide = torch.promote_types(inputs[0].dtype, torch.float32)
     target = dscale if dscale is None or dscale.dtype is wide else torch.empty_like(dscale, dtype=wide)
     run = extension.function(backend, "cosine_rope_backward")
@@ -206,7 +215,8 @@ COSINE_ROPE = op.Op(
     reference=reference,
     allocate=allocate,
     macs=lambda *arguments: (0, 0),  # no matrix product
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
     forward=forward,
     backward=backward,
+    declines=lambda backend, q, *others: extension.declines_float64(backend, q),
 )

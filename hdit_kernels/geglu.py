@@ -70,6 +70,10 @@ def rows(x: Tensor) -> Tensor:
 
 
 def forward(backend: str, inputs, outputs, params) -> None:
+    if backend == "triton":
+        from hdit_kernels import geglu_triton
+
+        return geglu_triton.forward(inputs, outputs, params)
     x, y = rows(inputs[0]), outputs[0]
     run = extension.function(backend, "geglu_forward")
     n = y.shape[-1]
@@ -77,6 +81,10 @@ def forward(backend: str, inputs, outputs, params) -> None:
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
+    if backend == "triton":
+        from hdit_kernels import geglu_triton
+
+        return geglu_triton.backward(grad_outputs, inputs, saved, grads, params)
     x, dy, dx = rows(inputs[0]), rows(grad_outputs[0]), grads[0]
     run = extension.function(backend, "geglu_backward")
     pointers = x.data_ptr(), dy.data_ptr(), dx.data_ptr()
@@ -94,7 +102,7 @@ GEGLU = op.Op(
     reference=reference,
     allocate=allocate,
     macs=lambda x: (0, 0),  # elementwise: no matrix product, and FLOP counts are of matrix products
-    kernels=("cpu", "cuda"),
+    kernels=("cpu", "triton", "cuda"),
     forward=forward,
     backward=backward,
     declines=lambda backend, x: extension.declines_float64(backend, x),
