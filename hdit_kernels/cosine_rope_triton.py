@@ -148,9 +148,7 @@ def backward_kernel(
         x = q + batch * q_batch + row * q_row + column * q_column + head * q_head
         dy = q_grad + batch * q_grad_batch + row * q_grad_row + column * q_grad_column + head * q_grad_head
         dx = dq if dq is None else dq + out
-        along = differentiate(
-            x, dy, dx, tl.load(scale + head), turn_cos, turn_sin, exists, EPS, DIM, R, PAIRS, REST
-        )
+        along = differentiate(x, dy, dx, tl.load(scale + head), turn_cos, turn_sin, exists, EPS, DIM, R, PAIRS, REST)
         if parts is not None:
             tl.store(parts + tl.program_id(0), tl.sum(along))
     if k_grad is not None:

@@ -121,7 +121,9 @@ def linear_kernel(
 
 def tile(count: int, n: int) -> dict[str, int]:
     """The block of a (count, n) matrix that leaves the fewest lanes idle."""
-    columns = triton.next_power_of_2(n) if n <= min(COLUMNS) else min(COLUMNS, key=lambda c: (triton.cdiv(n, c) * c, -c))
+    columns = (
+        triton.next_power_of_2(n) if n <= min(COLUMNS) else min(COLUMNS, key=lambda c: (triton.cdiv(n, c) * c, -c))
+    )
     return {"ROWS": min(BLOCK // columns, triton.next_power_of_2(max(1, count))), "COLUMNS": columns}
 
 
