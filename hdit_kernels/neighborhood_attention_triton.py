@@ -34,9 +34,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 STEEP = tl.constexpr(57.0)  # of logits to base 2: exp2(57), summed over 65² keys and multiplied by values, is a float32
 LOWEST = tl.constexpr(-1e30)  # where a running maximum begins: −inf less −inf is no number
 EPS = tl.constexpr(1e-6)
-FAR = tl.constexpr(
-    1 << 29
-)  # rows away: the place of what is not seen because of its column, so that one comparison does
 
 
 class Tokens(NamedTuple):
@@ -142,39 +139,41 @@ def angles_at(cos, sin, row, column, height, head, heads, S: tl.constexpr):
 
 @triton.jit
 def prepared(
-    x, cos, sin, row, column, height, head, heads, gain, shown,
+    x, cos, sin, row, column, height, head, heads, shown,
     S: tl.constexpr, MASKED: tl.constexpr, TURNED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Heads that begin at x: [tokens], times gain: normalised if S.cosine, rotated if TURNED, as one tile of TYPE."""
+    """Heads that begin at x: [tokens], normalised if S.cosine, rotated if TURNED, as one tile of TYPE."""
+    N: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = S.width
+    unit = tl.zeros([N], tl.float32) + 1.0
     if S.r == 0:
         feature = tl.arange(0, S.piece)
         whole = read(x[:, None] + feature[None, :], feature, shown, S.dim, MASKED)
         if S.cosine:
             whole = whole.to(tl.float32)
-            whole *= (tl.rsqrt(tl.sum(whole * whole, 1) + EPS) * gain)[:, None]
+            unit = tl.rsqrt(tl.sum(whole * whole, 1) + EPS)
+            whole *= unit[:, None]
         return whole.to(TYPE)
     else:
         first, second, third, fourth = pieces(x, shown, S, MASKED)
-        unit = tl.zeros([x.shape[0], 1], tl.float32) + 1.0
         if S.cosine:
             square = first * first + second * second + third * third + fourth * fourth
-            unit = (tl.rsqrt(tl.sum(square, 1) + EPS) * gain)[:, None]
-            third *= unit
-            fourth *= unit
+            unit = tl.rsqrt(tl.sum(square, 1) + EPS)
+            third *= unit[:, None]
+            fourth *= unit[:, None]
         if TURNED:
             cosine, sine = angles_at(cos, sin, row, column, height, head, heads, S)
             if S.cosine:
-                cosine *= unit
-                sine *= unit
+                cosine *= unit[:, None]
+                sine *= unit[:, None]
             turned = first * cosine - second * sine
             second = second * cosine + first * sine
         else:
-            turned = first * unit
-            second = second * unit
+            turned = first * unit[:, None]
+            second *= unit[:, None]
         left = tl.join(turned.to(TYPE), third.to(TYPE))
         right = tl.join(second.to(TYPE), fourth.to(TYPE))
-        WIDTH: tl.constexpr = S.width
-        return tl.reshape(tl.join(left, right), [x.shape[0], WIDTH])
+        return tl.reshape(tl.join(left, right), [N, WIDTH])
 
 
 @triton.jit
@@ -183,11 +182,11 @@ def prepared_parts(
 ):
     """`prepared`, and what its rounding left over if S.split (else the same again, which is not used)."""
     if S.split:
-        exact = prepared(x, cos, sin, row, column, height, head, heads, 1.0, shown, S, MASKED, TURNED, tl.float32)
+        exact = prepared(x, cos, sin, row, column, height, head, heads, shown, S, MASKED, TURNED, tl.float32)
         high = exact.to(S.held)
         return high, (exact - high.to(tl.float32)).to(S.held)
     else:
-        high = prepared(x, cos, sin, row, column, height, head, heads, 1.0, shown, S, MASKED, TURNED, S.held)
+        high = prepared(x, cos, sin, row, column, height, head, heads, shown, S, MASKED, TURNED, S.held)
         return high, high
 
 
@@ -270,21 +269,28 @@ def products(a, a_low, b, b_low, S: tl.constexpr):
 
 
 @triton.jit
-def absorb(q, q_low, k, k_low, v, out, total, top, seen, factor, S: tl.constexpr, RUNNING: tl.constexpr):
+def unless(seen):
+    """What to add to logits: −inf where a key is not seen. (One addition each for rows and for columns costs less than a
+    selection by both.)"""
+    return tl.where(seen, 0.0, -float("inf"))
+
+
+@triton.jit
+def absorb(
+    q, q_low, k, k_low, v, out, total, top, row_bias, column_bias, factor, S: tl.constexpr, RUNNING: tl.constexpr
+):
     """One more block of keys and values in a tile's softmax: its sum of weighted values, its denominator, its maximum.
 
-    Not RUNNING: q carries the factor, and 0 serves as the maximum."""
-    logits = products(q, q_low, k, k_low, S)
+    Not RUNNING: 0 serves as the maximum."""
+    logits = products(q, q_low, k, k_low, S) * factor + row_bias + column_bias
     if RUNNING:
-        logits = tl.where(seen, logits * factor, -float("inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         shrink = tl.exp2(top - higher)
         out *= shrink[:, None]
         total *= shrink
         top = higher
-        weights = tl.exp2(logits - top[:, None])
-    else:
-        weights = tl.exp2(tl.where(seen, logits, -float("inf")))
+        logits -= top[:, None]
+    weights = tl.exp2(logits)
     total += tl.sum(weights, 1)
     return dot(weights.to(v.dtype), v, out, S), total, top
 
@@ -319,14 +325,14 @@ def finish(out, lse, place, sums, total, top, inside, S: tl.constexpr):
 
 
 @triton.jit
-def seen_of_strip(below, shown, S: tl.constexpr):
-    """Which keys the tile above sees, and which this one; below: rows from the first that a query here sees."""
-    above = below + S.ty < S.rows
-    here = below.to(tl.uint32) < S.rows
-    if S.masked:
-        return above & shown[None, :], here & shown[None, :]
-    else:
-        return above, here
+def rows_of_strip(below, S: tl.constexpr):
+    """What keys add for the tile above, and for this one; below: rows from the first that a query of this tile sees."""
+    return unless(below + S.ty < S.rows), unless((below >= 0) & (below < S.rows))
+
+
+@triton.jit
+def columns_of_strip(in_columns, shown, S: tl.constexpr):
+    return unless(in_columns & shown[None, :] if S.masked else in_columns)
 
 
 @triton.jit
@@ -340,13 +346,13 @@ def march(
     M: tl.constexpr = S.ty * S.tx
     WIDTH: tl.constexpr = S.width
     V_WIDTH: tl.constexpr = S.v_width
-    gain = 1.0 if RUNNING else factor
     query, key = tl.arange(0, M), tl.arange(0, S.step * S.keys)
     y, x = query // S.tx, x0 + query % S.tx
     x_read = tl.minimum(x, width - 1)
     key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
     aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
-    below = tl.where((aside >= 0) & (aside < S.columns), key_y[None, :] - y[:, None], FAR)
+    below = key_y[None, :] - y[:, None]
+    in_columns = (aside >= 0) & (aside < S.columns)
 
     q_above = tl.zeros([M, WIDTH], S.held)
     out_above = tl.zeros([M, V_WIDTH], tl.float32)
@@ -355,7 +361,7 @@ def march(
     for tile in tl.range(begin, end + 1, num_stages=1):
         row = tl.minimum(tile * S.ty + y, height - 1)
         here = heads_at(q, row, x_read, batch, head, S)
-        here = prepared(here, cos, sin, row, x_read, height, head, heads, gain, row, S, False, True, S.held)
+        here = prepared(here, cos, sin, row, x_read, height, head, heads, row, S, False, True, S.held)
         sums = tl.zeros([M, V_WIDTH], tl.float32)
         total = tl.zeros([M], tl.float32)
         top = tl.zeros([M], tl.float32) + START
@@ -364,18 +370,36 @@ def march(
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
+            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
+            column_bias = columns_of_strip(in_columns, shown, S)
             out_above, total_above, top_above = absorb(
-                q_above, q_above, keys, low, values, out_above, total_above, top_above, seen_above, factor, S, RUNNING
+                q_above,
+                q_above,
+                keys,
+                low,
+                values,
+                out_above,
+                total_above,
+                top_above,
+                row_bias_above,
+                column_bias,
+                factor,
+                S,
+                RUNNING,
             )
-            sums, total, top = absorb(here, here, keys, low, values, sums, total, top, seen, factor, S, RUNNING)
+            sums, total, top = absorb(
+                here, here, keys, low, values, sums, total, top, row_bias, column_bias, factor, S, RUNNING
+            )
         for step in tl.range(BOTH, S.ty // S.step, num_stages=1):
             key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
-            sums, total, top = absorb(here, here, keys, low, values, sums, total, top, seen, factor, S, RUNNING)
+            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
+            column_bias = columns_of_strip(in_columns, shown, S)
+            sums, total, top = absorb(
+                here, here, keys, low, values, sums, total, top, row_bias, column_bias, factor, S, RUNNING
+            )
         row = (tile - 1) * S.ty + y
         place = batch * height * width * heads + head + offset(row, x_read, width * heads, heads, S)
         inside = (tile > begin) & (row < height) & (x < width)
@@ -476,8 +500,7 @@ def windows_of_tile(height, width, row_class, column_class, row, column, S: tl.c
 def in_window(key, query, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """Whether the queries (one axis of the tensor) see the keys (the other), along one axis of the grid."""
     start = window_start(query, n, WINDOW, STRIDE, CAUSAL)
-    size = window_end(query, start, WINDOW, CAUSAL) - start
-    return (key - start).to(tl.uint32) < size.to(tl.uint32)  # one comparison: what lies before is huge
+    return (key >= start) & (key < window_end(query, start, WINDOW, CAUSAL))
 
 
 @triton.jit
@@ -511,7 +534,7 @@ def forward_tiles(
             for start in tl.range(0, extras, N, num_stages=1):
                 keys, low, values, shown = extra_tokens(extra_k, extra_v, start + key, extras, batch, head, heads, S)
                 sums, total, top = absorb(
-                    here, here_low, keys, low, values, sums, total, top, shown[None, :], factor, S, True
+                    here, here_low, keys, low, values, sums, total, top, unless(shown[None, :]), 0.0, factor, S, True
                 )
         for across in tl.range(left, right, S.keys, num_stages=1):
             key_column = across + key % S.keys
@@ -519,19 +542,19 @@ def forward_tiles(
                 key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
             )
             in_grid = key_column < n_columns
-            key_place = tl.where(in_columns, (key // S.keys)[None, :], FAR)
             key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
             for down in tl.range(top_key, bottom, S.step, num_stages=1):
                 key_row = down + key // S.keys
-                seen = in_window(key_place + down, row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
+                in_rows = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
                 key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
                 keys, low, values, shown = block_of_keys(
                     k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows),
                     height, width, batch, head, heads, S,
                 )  # fmt: skip
-                if S.masked:
-                    seen = seen & shown[None, :]
-                sums, total, top = absorb(here, here_low, keys, low, values, sums, total, top, seen, factor, S, True)
+                column_bias = columns_of_strip(in_columns, shown, S)
+                sums, total, top = absorb(
+                    here, here_low, keys, low, values, sums, total, top, unless(in_rows), column_bias, factor, S, True
+                )
         place = batch * height * width * heads + head + offset(y, x, width * heads, heads, S)
         finish(out, lse, place, sums, total, top, inside, S)
 

@@ -15,10 +15,7 @@ import triton.language as tl
 from hdit_kernels import triton_launch
 from hdit_kernels.cosine_rope import dense
 from hdit_kernels.neighborhood_attention_triton import (
-    EPS,
-    FAR,
     LOG2E,
-    STEEP,
     Call,
     angles_at,
     block_of_keys,
@@ -28,11 +25,14 @@ from hdit_kernels.neighborhood_attention_triton import (
     heads_at,
     in_window,
     offset,
-    pieces,
     prepared_parts,
     products,
     read,
-    seen_of_strip,
+    EPS,
+    pieces,
+    rows_of_strip,
+    columns_of_strip,
+    unless,
     strip_of_program,
     tile_of_program,
     tokens,
@@ -54,18 +54,20 @@ def write(x, value, feature, inside, LIMIT: tl.constexpr):
 
 @triton.jit
 def write_gradient(
-    x, dx, gradient, cos, sin, row, column, height, head, heads, factor, inside, S: tl.constexpr, TURNED: tl.constexpr
-):
+    x, dx, gradient, cos, sin, row, column, height, head, heads, factor, shown, inside,
+    S: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
     """Gradient of the heads at x from that of the prepared ones over `factor`; returns ⟨unit head, gradient⟩: [tokens].
 
-    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩)."""
+    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩). x is read again: registers are scarcer here than reads. What is
+    inside and not shown is not read, and gets zeros."""
     N: tl.constexpr = gradient.shape[0]
     PIECE: tl.constexpr = S.piece
     feature = tl.arange(0, PIECE)
     along = tl.zeros([N], tl.float32)
     if S.r == 0:
         if S.cosine:
-            whole = read(x[:, None] + feature[None, :], feature, inside, S.dim, True).to(tl.float32)
+            whole = read(x[:, None] + feature[None, :], feature, shown, S.dim, True).to(tl.float32)
             n = tl.rsqrt(tl.sum(whole * whole, 1) + EPS)
             along = tl.sum(whole * gradient, 1) * n
             gradient = (gradient - whole * (n * along)[:, None]) * n[:, None]
@@ -81,7 +83,7 @@ def write_gradient(
         else:
             first = turned
         if S.cosine:
-            a, b, c, d = pieces(x, inside, S, True)
+            a, b, c, d = pieces(x, shown, S, True)
             n = tl.rsqrt(tl.sum(a * a + b * b + c * c + d * d, 1) + EPS)
             along = tl.sum(a * first + b * second + c * third + d * fourth, 1) * n
             length = (n * along)[:, None]
@@ -122,18 +124,20 @@ def change_of_weights(a, b, S: tl.constexpr):
 
 
 @triton.jit
-def softmax_gradient(q, q_low, dout, level, delta, k, k_low, v, seen, factor, S: tl.constexpr):
+def softmax_gradient(q, q_low, dout, level, delta, k, k_low, v, row_bias, column_bias, factor, S: tl.constexpr):
     """[queries, keys]: logits (before factor), weights, and the gradient of logits · factor."""
     logits = products(q, q_low, k, k_low, S)
-    weights = tl.exp2(tl.where(seen, logits * factor - level[:, None], -float("inf")))
+    weights = tl.exp2(logits * factor + (row_bias - level[:, None]) + column_bias)
     return logits, weights, weights * (change_of_weights(dout, v, S) - delta[:, None])
 
 
 @triton.jit
-def add_to_keys(k, k_low, v, dk, dv, q, q_low, dout, level, delta, weight, seen, factor, S: tl.constexpr):
-    """dk, dv + Σ over queries; `seen` is [keys, queries]"""
+def add_to_keys(
+    k, k_low, v, dk, dv, q, q_low, dout, level, delta, weight, row_bias, column_bias, factor, S: tl.constexpr
+):
+    """dk, dv + Σ over queries; biases: [keys, queries]"""
     logits = products(k, k_low, q, q_low, S)
-    weights = tl.exp2(tl.where(seen, logits * factor - level[None, :], -float("inf")))
+    weights = tl.exp2(logits * factor - level[None, :] + row_bias + column_bias)
     if S.exact:
         weights *= weight[None, :]
     dv = dot(weights.to(v.dtype), dout, dv, S)
@@ -160,16 +164,13 @@ def queries_strips(
         factor *= tl.load(cosine_scale + head)
     begin = segment * tiles
     end = tl.minimum(begin + tiles, (height + S.ty - 1) // S.ty)
-    if (
-        S.cosine
-    ):  # no tile at all of a steep head: `queries_tiles` takes it, which corrects for what rounding does to it
-        end = tl.where(tl.abs(factor * LOG2E) > STEEP, begin - 1, end)
     query, key = tl.arange(0, M), tl.arange(0, S.step * S.keys)
     y, x = query // S.tx, x0 + query % S.tx
     x_read = tl.minimum(x, width - 1)
     key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
     aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
-    below = tl.where((aside >= 0) & (aside < S.columns), key_y[None, :] - y[:, None], FAR)
+    below = key_y[None, :] - y[:, None]
+    in_columns = (aside >= 0) & (aside < S.columns)
     first_place = batch * height * width * heads + head
 
     q_above = tl.zeros([M, WIDTH], S.held)
@@ -184,19 +185,34 @@ def queries_strips(
         here, here_low = prepared_parts(here, cos, sin, row, x_read, height, head, heads, row, S, False, True)
         place = first_place + offset(row, x_read, width * heads, heads, S)
         given, level, delta, change = outputs_of(out, dout, lse, dlse, row, x_read, place, batch, head, S)
+        inside = (tile < end) & (tile * S.ty + y < height) & (x < width)
+        tl.store(levels + place, level, inside)
+        tl.store(deltas + place, delta, inside)
         sums = tl.zeros([M, WIDTH], tl.float32)
         for step in tl.range(0, BOTH, num_stages=1):
             key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
+            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
+            column_bias = columns_of_strip(in_columns, shown, S)
             logits, weights, dlogits = softmax_gradient(
-                q_above, q_above, dout_above, level_above, delta_above, keys, low, values, seen_above, factor * LOG2E, S
+                q_above,
+                q_above,
+                dout_above,
+                level_above,
+                delta_above,
+                keys,
+                low,
+                values,
+                row_bias_above,
+                column_bias,
+                factor * LOG2E,
+                S,
             )
             sums_above = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums_above, S)
             logits, weights, dlogits = softmax_gradient(
-                here, here, given, level, delta, keys, low, values, seen, factor * LOG2E, S
+                here, here, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
             )
             sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         for step in tl.range(BOTH, S.ty // S.step, num_stages=1):
@@ -204,20 +220,18 @@ def queries_strips(
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
+            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
+            column_bias = columns_of_strip(in_columns, shown, S)
             logits, weights, dlogits = softmax_gradient(
-                here, here, given, level, delta, keys, low, values, seen, factor * LOG2E, S
+                here, here, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
             )
             sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         row = (tile - 1) * S.ty + y
         inside = (tile > begin) & (row < height) & (x < width)
         row = tl.minimum(tl.maximum(row, 0), height - 1)
-        place = first_place + offset(row, x_read, width * heads, heads, S)
-        tl.store(levels + place, level_above, inside)
-        tl.store(deltas + place, delta_above, inside)
         along = write_gradient(
             heads_at(q, row, x_read, batch, head, S), heads_at(dq, row, x_read, batch, head, S), sums_above,
-            cos, sin, row, x_read, height, head, heads, factor, inside, S, True,
+            cos, sin, row, x_read, height, head, heads, factor, inside, inside, S, True,
         )  # fmt: skip
         part += tl.where(inside, along, 0.0)
         q_above, dout_above, level_above, delta_above = here, given, level, delta
@@ -228,10 +242,9 @@ def queries_strips(
 @triton.jit
 def queries_tiles(
     q, k, v, extra_k, extra_v, out, dout, lse, dlse, levels, deltas, unit, dq, parts, cosine_scale, cos, sin, key_mask,
-    scale, height, width, heads, extras, S: tl.constexpr, ONLY_STEEP: tl.constexpr,
+    scale, height, width, heads, extras, S: tl.constexpr,
 ):  # fmt: skip
-    """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program. ONLY_STEEP: of the other heads
-    nothing is computed.
+    """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program.
 
     The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a softmax is
     steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
@@ -246,8 +259,6 @@ def queries_tiles(
     if S.cosine:
         factor *= tl.load(cosine_scale + head)
     here = (row0 < n_rows) & (column0 < n_columns)
-    if ONLY_STEEP:
-        here = here & (tl.abs(factor * LOG2E) > STEEP)
     part = 0.0
     if here:
         query, key = tl.arange(0, M), tl.arange(0, N)
@@ -267,7 +278,18 @@ def queries_tiles(
             for start in tl.range(0, extras, N, num_stages=1):
                 keys, low, values, shown = extra_tokens(extra_k, extra_v, start + key, extras, batch, head, heads, S)
                 logits, weights, dlogits = softmax_gradient(
-                    held, held_low, given, level, delta, keys, low, values, shown[None, :], factor * LOG2E, S
+                    held,
+                    held_low,
+                    given,
+                    level,
+                    delta,
+                    keys,
+                    low,
+                    values,
+                    unless(shown[None, :]),
+                    0.0,
+                    factor * LOG2E,
+                    S,
                 )
                 slip, mean, total = (
                     slip + tl.sum(dlogits, 1),
@@ -281,20 +303,18 @@ def queries_tiles(
                 key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
             )
             in_grid = key_column < n_columns
-            key_place = tl.where(in_columns, (key // S.keys)[None, :], FAR)
             key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
             for down in tl.range(top, bottom, S.step, num_stages=1):
                 key_row = down + key // S.keys
-                seen = in_window(key_place + down, row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
+                in_rows = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
                 key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
                 keys, low, values, shown = block_of_keys(
                     k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows),
                     height, width, batch, head, heads, S,
                 )  # fmt: skip
-                if S.masked:
-                    seen = seen & shown[None, :]
+                row_bias, column_bias = unless(in_rows), columns_of_strip(in_columns, shown, S)
                 logits, weights, dlogits = softmax_gradient(
-                    held, held_low, given, level, delta, keys, low, values, seen, factor * LOG2E, S
+                    held, held_low, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
                 )
                 slip, mean, total = (
                     slip + tl.sum(dlogits, 1),
@@ -312,8 +332,7 @@ def queries_tiles(
         tl.store(levels + place, level, inside)
         tl.store(deltas + place, delta + slip, inside)
         along = write_gradient(
-            heads_at(q, y, x, batch, head, S), heads_at(dq, y, x, batch, head, S), sums,
-            cos, sin, y, x, height, head, heads, factor, inside, S, True,
+            heads_at(q, y, x, batch, head, S), heads_at(dq, y, x, batch, head, S), sums, cos, sin, y, x, height, head, heads, factor, inside, inside, S, True,
         )  # fmt: skip
         part += tl.sum(tl.where(inside, along - slip * mean, 0.0), 0) * scale
     tl.store(parts + tl.program_id(0), part)
@@ -414,29 +433,26 @@ def keys_tiles(
                 column[:, None], query_column[None, :], n_columns, S.columns, S.column_stride, S.causal_columns
             )
             in_columns = in_columns & in_grid[None, :] & shown[:, None]
-            place = tl.where(in_columns, row[:, None], FAR)
+            column_bias = unless(in_columns)
             query_x = column_class + query_column * S.column_dilation
             for down in tl.range(top, bottom, S.step, num_stages=1):
                 query_row = down + query // S.keys
                 exists = in_grid & (query_row < n_rows)
                 query_row = tl.minimum(query_row, n_rows - 1)
-                seen = in_window(place, query_row[None, :], n_rows, S.rows, S.row_stride, S.causal_rows)
+                in_rows = in_window(row[:, None], query_row[None, :], n_rows, S.rows, S.row_stride, S.causal_rows)
                 here, low, given, level, delta, norm = block_of_queries(
                     q, dout, levels, deltas, unit, cos, sin, row_class + query_row * S.row_dilation, query_x, exists,
                     height, width, batch, head, heads, S,
                 )  # fmt: skip
                 dkeys, dvalues = add_to_keys(
-                    keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm, seen,
-                    factor * LOG2E, S,
+                    keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm, unless(in_rows),
+                    column_bias, factor * LOG2E, S,
                 )  # fmt: skip
         if dv is not None:
             write(heads_at(dv, y, x, batch, head, S), dvalues, tl.arange(0, V_WIDTH), inside, S.v_dim)
-        if dk is not None:  # what is not shown may hold anything: its gradient is that of zeros
+        if dk is not None:
             from_, to = heads_at(k, y, x, batch, head, S), heads_at(dk, y, x, batch, head, S)
-            write_gradient(from_, to, dkeys, cos, sin, y, x, height, head, heads, factor, inside & shown, S, True)
-            if S.masked:
-                nothing = tl.zeros([M, WIDTH], tl.float32)
-                write(to, nothing, tl.arange(0, WIDTH), inside & (shown == 0), S.dim)
+            write_gradient(from_, to, dkeys, cos, sin, y, x, height, head, heads, factor, shown, inside, S, True)
 
 
 @triton.jit
@@ -471,19 +487,17 @@ def extras_segments(
             height, width, batch, head, heads, S,
         )  # fmt: skip
         dkeys, dvalues = add_to_keys(
-            keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm, inside[:, None],
-            factor * LOG2E, S,
+            keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm,
+            unless(inside[:, None]), 0.0, factor * LOG2E, S,
         )  # fmt: skip
     # (gradients lie as (B, segments, S, heads, dim), so that a segment is a row)
     if dv is not None:
         to = heads_at(dv, token * 0 + segment, token, batch, head, S)
         write(to, dvalues, tl.arange(0, V_WIDTH), inside, S.v_dim)
     if dk is not None:
-        from_, to = (
-            heads_at(extra_k, token, token, batch, head, S),
-            heads_at(dk, token * 0 + segment, token, batch, head, S),
-        )
-        write_gradient(from_, to, dkeys, cos, sin, token, token, 0, head, heads, factor, inside, S, False)
+        from_ = heads_at(extra_k, token, token, batch, head, S)
+        to = heads_at(dk, token * 0 + segment, token, batch, head, S)
+        write_gradient(from_, to, dkeys, cos, sin, token, token, 0, head, heads, factor, inside, inside, S, False)
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -506,32 +520,31 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     heads = call.batch * call.height * call.width * call.heads
     moved = heads * (3 * (call.dim + call.v_dim) * size + 8), heads * (3 * (call.dim + call.v_dim) * size + 8)
 
-    parts = []  # of cosine_scale's gradient, one for each program; heads in the order of programs
     if call.strips():
         ty, tx, step, keys = call.strip_tile("queries")
         tiles, segments = call.segments(ty, tx)
         programs = -(-call.width // tx) * segments * call.heads * call.batch
-        parts.append(lse.new_empty(programs))
+        parts = lse.new_empty(programs)  # of cosine_scale's gradient
         both = -(-(call.window[0] - 1) // step)
         triton_launch.launch(
-            queries_strips, programs, q, k, v, *results, tokens(dq), parts[-1], *tables, *grid, tiles, segments,
+            queries_strips, programs, q, k, v, *results, tokens(dq), parts, *tables, *grid, tiles, segments,
             S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=(tiles + 1, both, ty // step - both),
             moved=moved[0],
         )  # fmt: skip
-    if not call.strips() or call.cosine_scale is not None:
+    else:
         ty, tx, step, keys = call.tile()
         programs = call.programs(ty, tx)
-        parts.append(lse.new_empty(programs))
+        parts = lse.new_empty(programs)  # of cosine_scale's gradient
         triton_launch.launch(
-            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, unit, tokens(dq), parts[-1], *tables, *grid,
-            call.extras, S=call.shape(ty, tx, step, keys, wide), ONLY_STEEP=call.strips(), num_warps=4,
-            trips=call.trips(ty, tx, step, keys) if not call.strips() else (0, 0, 0), moved=moved[0],
+            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, unit, tokens(dq), parts, *tables, *grid,
+            call.extras, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
+            trips=call.trips(ty, tx, step, keys), moved=moved[0],
         )  # fmt: skip
     if dcosine_scale is not None:
         if call.batch * call.height * call.width == 0:
             dcosine_scale.zero_()
         else:
-            dcosine_scale.copy_(sum(p.view(call.batch, call.heads, -1).double().sum((0, 2)) for p in parts))
+            dcosine_scale.copy_(parts.view(call.batch, call.heads, -1).double().sum((0, 2)))
     if dk is not None or dv is not None:
         ty, tx, step, keys = call.tile()
         triton_launch.launch(
