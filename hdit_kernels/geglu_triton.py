@@ -122,7 +122,8 @@ def linear_kernel(
 def tile(count: int, n: int) -> dict[str, int]:
     """The block of a (count, n) matrix that leaves the fewest lanes idle."""
     columns = triton.next_power_of_2(n) if n <= min(COLUMNS) else min(COLUMNS, key=lambda c: (triton.cdiv(n, c) * c, -c))
-    return {"ROWS": min(BLOCK // columns, triton.next_power_of_2(max(1, count))), "COLUMNS": columns}
+    height = min(BLOCK // columns, triton.next_power_of_2(max(1, count)))
+    return {"ROWS": height, "COLUMNS": columns, "num_warps": max(1, 4 * height * columns // BLOCK)}
 
 
 def run(kernel, tensors: tuple[Tensor, ...], count: int, n: int, strides: tuple[int, ...], moved: int) -> None:
