@@ -1,10 +1,10 @@
 """Adaptive RMSNorm in Triton: y = x·n·s with n = rsqrt(mean x² + eps), forward and backward in one pass each.
 
-A program takes a block of tokens of one batch item, so that it needs one row of scales, and keeps it in registers between
-the mean and the product. With g = dy·s the gradients are dx = n·(g − x·n²·mean(x·g)) and dscale = Σ dy·x·n over an item's
-tokens: a program of the backward pass goes through several blocks of one item, writes its part of that sum, and the parts
-are added up afterwards, always in the same order. Rows longer than LONGEST are read twice, in pieces, by kernels of their
-own. Arithmetic is float32.
+A program takes a block of tokens of one batch item, so that it needs one row of scales, and keeps it in registers
+between the mean and the product. With g = dy·s the gradients are dx = n·(g − x·n²·mean(x·g)) and dscale = Σ dy·x·n over an
+item's tokens: a program of the backward pass goes through several blocks of one item, writes its part of that sum, and
+the parts are added up afterwards, always in the same order. Rows longer than LONGEST are read twice, in pieces, by
+kernels of their own. Arithmetic is float32.
 """
 
 import torch
@@ -16,7 +16,7 @@ from hdit_kernels import triton_launch
 from hdit_kernels.ada_rms_norm import tokens
 
 # Predicted from the compiled kernels' registers and the bytes they keep in flight, not measured on a GPU.
-BLOCK = 4096  # bytes of a block for 4 warps: two accesses of 16 bytes a thread; longer rows have more, small blocks fewer
+BLOCK = 4096  # bytes of a block for 4 warps, two accesses of 16 bytes a thread; longer rows have more warps
 LONGEST = 4 * BLOCK  # bytes of a row that is one block
 PIECE = 2048  # channels at a time of a longer one
 WARPS = 16  # of the backward pass a processor holds at the same time, with 128 registers a thread: all there are

@@ -1,7 +1,7 @@
 """Cosine normalisation and axial RoPE in Triton: q' and k' in one launch and one pass, and their gradients likewise.
 
-A program takes one head of a block of rows × columns of tokens. It holds a head in three pieces, each read contiguously:
-`first` and `second`, whose features turn together in pairs (i, i + 2r), and `rest`, which does not turn. With n =
+A program takes one head of a block of rows × columns of tokens. It holds a head in three pieces, each contiguous in
+memory: `first` and `second`, whose features turn together in pairs (i, i + 2r), and `rest`, which does not turn. With n =
 rsqrt(Σx² + 1e-6), y = scale·n·R(x) and g = the gradient turned back by R, dx = scale·n·(g − x·n²·Σx·g) and dscale =
 n·Σx·g, summed over tokens: within a program, then over programs in a fixed order. Arithmetic is float32.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from hdit_kernels import triton_launch
 from hdit_kernels.cosine_rope import EPS, dense
 
-# Elements of q, and of k, in a program of 2 warps: 32 a thread, of which 16 bytes go at a time. Predicted from the compiled
-# kernels, not measured on a GPU.
+# Elements of q, and of k, in a program of 2 warps: 32 a thread, so that each piece moves 16 bytes at a time. Predicted
+# from the compiled kernels, not measured on a GPU.
 BLOCK = 2048
 TOKENS = 64  # at most, for small heads
 
@@ -148,9 +148,7 @@ def backward_kernel(
         x = q + batch * q_batch + row * q_row + column * q_column + head * q_head
         dy = q_grad + batch * q_grad_batch + row * q_grad_row + column * q_grad_column + head * q_grad_head
         dx = dq if dq is None else dq + out
-        along = differentiate(
-            x, dy, dx, tl.load(scale + head), turn_cos, turn_sin, exists, EPS, DIM, R, PAIRS, REST
-        )
+        along = differentiate(x, dy, dx, tl.load(scale + head), turn_cos, turn_sin, exists, EPS, DIM, R, PAIRS, REST)
         if parts is not None:
             tl.store(parts + tl.program_id(0), tl.sum(along))
     if k_grad is not None:

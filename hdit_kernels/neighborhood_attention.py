@@ -299,12 +299,20 @@ def native_arguments(inputs, outputs, params):
 
 
 def forward(backend: str, inputs, outputs, params) -> None:
+    if backend == "triton":
+        from hdit_kernels import neighborhood_attention_triton
+
+        return neighborhood_attention_triton.forward(inputs, outputs, params)
     arguments, _alive = native_arguments(inputs, outputs, params)
     run = extension.function(backend, "neighborhood_attention_forward")
     run(*arguments, *extension.place(backend, inputs[0]))
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
+    if backend == "triton":
+        from hdit_kernels import neighborhood_attention_triton_backward
+
+        return neighborhood_attention_triton_backward.backward(grad_outputs, inputs, saved, grads, params)
     arguments, _alive = native_arguments(inputs, (None, saved[1]), params)
     dout, dlse = dense(grad_outputs[0]), grad_outputs[1]
     dlse = None if dlse is None else dlse.contiguous()
@@ -315,6 +323,20 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
     run(*arguments, tokens, address(dlse), address(sums), *extension.place(backend, inputs[0]))
     if dcosine_scale is not None:
         dcosine_scale.copy_(sums.sum(0))
+
+
+def declines(backend: str, q, k, v, *others) -> str | None:
+    """What the GPU kernels leave to the reference."""
+    if backend == "cpu":
+        return None
+    kernel_size = others[6]  # None where only the tensors of a call are known
+    if q.dtype is torch.float64:
+        return extension.declines_float64(backend, q)
+    if q.shape[4] > 256 or v.shape[4] > 512:
+        return f"heads may have up to 256 features and values up to 512; got {q.shape[4]} and {v.shape[4]}"
+    if kernel_size is not None and max(kernel_size) > 65:
+        return f"kernel_size may be up to 65; got {max(kernel_size)}"
+    return None
 
 
 # ---- what is accepted -----------------------------------------------------------------------------------------------
@@ -429,9 +451,10 @@ NEIGHBORHOOD_ATTENTION = op.Op(
     reference_backward=reference_backward,
     allocate=allocate,
     macs=macs,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
     forward=forward,
     backward=backward,
+    declines=declines,
 )
 
 
@@ -463,7 +486,8 @@ NEIGHBORHOOD_ATTENTION_QKVPACKED = op.Op(
     ),
     allocate=_unpacked(allocate),
     macs=lambda qkv, *others: macs(*[(*qkv[:3], *qkv[4:])] * 3, *others),
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
+    declines=lambda backend, qkv, *others: declines(backend, *qkv.unbind(3), *others),
     forward=lambda backend, inputs, outputs, params: forward(backend, _unpacked_inputs(inputs), outputs, params),
     backward=lambda backend, grad_outputs, inputs, saved, grads, params: backward(
         backend, grad_outputs, _unpacked_inputs(inputs), saved, _unpacked_grads(grads), params

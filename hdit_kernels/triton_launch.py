@@ -89,7 +89,7 @@ def launch(
     moved: int = 0,
     **constants,
 ) -> None:
-    """Runs `programs` programs of a kernel. The first argument is a tensor, whose device it is.
+    """Runs `programs` programs of a kernel, on the device of the first of its arguments that is a tensor.
 
     trips, moved: what `Launch` says; only the check's prediction of time uses them.
     """
@@ -101,7 +101,7 @@ def launch(
     if _record is not None:
         _record.launches.append(Launch(kernel, programs, arguments, constants, options, trips, moved))
         return
-    device = arguments[0].device
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(programs,)](*arguments, **constants, **options)
