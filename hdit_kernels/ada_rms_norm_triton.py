@@ -1,10 +1,10 @@
 """Adaptive RMSNorm in Triton: y = x·n·s with n = rsqrt(mean x² + eps), forward and backward in one pass each.
 
 A program takes a block of tokens of one batch item, so that it needs one row of scales, and keeps it in registers
-between the mean and the product. With g = dy·s the gradients are dx = n·(g − x·n²·mean(x·g)) and dscale = Σ dy·x·n over an
-item's tokens: a program of the backward pass goes through several blocks of one item, writes its part of that sum, and
-the parts are added up afterwards, always in the same order. Rows longer than LONGEST are read twice, in pieces, by
-kernels of their own. Arithmetic is float32.
+between the mean and the product. With g = dy·s the gradients are dx = n·(g − x·n²·mean(x·g)) and, summed over an
+item's tokens, dscale = Σ dy·x·n: a program of the backward pass goes through several blocks of one item, writes its
+part of that sum, and the parts are added up afterwards, always in the same order. Rows longer than LONGEST are read
+twice, in pieces, by kernels of their own. Arithmetic is float32.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Cosine normalisation and axial RoPE in Triton: q' and k' in one launch and one pass, and their gradients likewise.
 
 A program takes one head of a block of rows × columns of tokens. It holds a head in three pieces, each contiguous in
-memory: `first` and `second`, whose features turn together in pairs (i, i + 2r), and `rest`, which does not turn. With n =
-rsqrt(Σx² + 1e-6), y = scale·n·R(x) and g = the gradient turned back by R, dx = scale·n·(g − x·n²·Σx·g) and dscale =
-n·Σx·g, summed over tokens: within a program, then over programs in a fixed order. Arithmetic is float32.
+memory: `first` and `second`, whose features turn together in pairs (i, i + 2r), and `rest`, which does not turn.
+With n = rsqrt(Σx² + 1e-6), y = scale·n·R(x) and g = the gradient turned back by R, dx = scale·n·(g − x·n²·Σx·g) and
+dscale = Σ n·Σx·g over tokens: within a program, then over programs in a fixed order. Arithmetic is float32.
 """
 
 import torch
