@@ -84,7 +84,7 @@ class Compiled:
     shared: int
     mma: int  # instructions of matrix units
     dots: int  # `tl.dot`s of the source
-    dots_kept: int  # those that do not multiply a constant once Triton has simplified
+    dots_kept: int  # those that are there, and do not multiply zeros, once Triton has simplified
     dots_compiled: int
     serialised: bool  # ptxas cannot overlap wgmma instructions (sm_90a)
     profile: sass.Profile | None
@@ -194,10 +194,10 @@ def dots_of_source(module: str) -> int:
 
 
 def dots_of_variables(ttir: str) -> int:
-    """Those whose two factors are no constants: the rest of a name that was lost is what it stood for at first."""
-    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
-    pairs = re.findall(r"\btt\.dot (%[^,\s]+), (%[^,\s]+),", ttir)
-    return sum(constants.isdisjoint(pair) for pair in pairs)
+    """Those that do not multiply zeros, which is what is left of a name that was lost: its value before the loop."""
+    zeros = set(re.findall(r"(%\S+) = arith\.constant dense<0(?:\.0+e\+00)?>", ttir))
+    factors = re.findall(r"\btt\.dot (%[^,\s]+), (%[^,\s]+),", ttir)
+    return sum(zeros.isdisjoint(pair) for pair in factors)
 
 
 def dots_of_machine(ttgir: str) -> int:

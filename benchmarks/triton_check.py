@@ -120,33 +120,42 @@ class Pass:
         return f"{self.case} {self.direction} in {self.dtype} for {self.arch}"
 
 
-def meta_arguments(case: cases.Case, dtype: torch.dtype) -> tuple[tuple, dict]:
-    """`case.arguments`, without values or memory."""
+def meta_arguments(case: cases.Case, dtype: torch.dtype, differentiated: bool) -> tuple[tuple, dict]:
+    """`case.arguments`, without values or memory; angles and masks have no gradient."""
 
     def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=differentiated)
 
-    empty.angles = lambda *shape: empty(*shape, dtype=torch.promote_types(dtype, torch.float32))
-    empty.mask = lambda *shape: empty(*shape, dtype=torch.bool)
+    angle_dtype = torch.promote_types(dtype, torch.float32)
+    empty.angles = lambda *shape: torch.empty(shape, dtype=angle_dtype, device="meta")
+    empty.mask = lambda *shape: torch.empty(shape, dtype=torch.bool, device="meta")
     return case.make(empty)
 
 
 def passes(case: cases.Case, dtype: str, arch: str) -> Iterator[Pass]:
-    """Forward and backward: the ops' own launchers run, and nothing is launched."""
-    args, kwargs = meta_arguments(case, DTYPES[dtype])
-    calls = []
+    """Forward, of a call without gradients, and backward: the ops' own launchers run, and nothing is launched."""
 
-    def call(op, inputs, params=(), backend=None):
-        outputs = machinery._tuple(op._run_forward(*inputs, *params, "triton"))
-        calls.append((op, inputs, params, outputs))
-        return machinery._one(outputs)
+    def called(differentiated: bool):
+        """The calls of ops that the public function makes, as (op, inputs, params, outputs), and what it returns."""
+        calls = []
+
+        def call(op, inputs, params=(), backend=None):
+            outputs = machinery._tuple(op._run_forward(*inputs, *params, "triton"))
+            calls.append((op, inputs, params, outputs))
+            return machinery._one(outputs)
+
+        args, kwargs = meta_arguments(case, DTYPES[dtype], differentiated)
+        with mock.patch.object(machinery.Op, "__call__", call):
+            return calls, machinery._tuple(case.function(*args, **kwargs, backend="triton"))
 
     def noted(direction: str, launches) -> Pass:
         return Pass(case, dtype, arch, direction, tuple((launch, specialised(launch, arch)) for launch in launches))
 
-    with triton_launch.recorded(TARGETS[arch]) as launches, mock.patch.object(machinery.Op, "__call__", call):
-        results = machinery._tuple(case.function(*args, **kwargs, backend="triton"))
+    with triton_launch.recorded(TARGETS[arch]) as launches:
+        called(False)
     yield noted("forward", launches)
+    with triton_launch.recorded(TARGETS[arch]):
+        calls, results = called(True)
     with triton_launch.recorded(TARGETS[arch]) as launches:
         for op, inputs, params, outputs in reversed(calls):
             grads = [torch.empty_like(o) if any(o is r for r in results) else None for o in outputs]
@@ -217,7 +226,7 @@ def judge(job: Specialised, needs: Compiled | str, one: Pass, complaints: Compla
             found.append(f"got {needs.registers} registers and a stack of {needs.stack} bytes: ptxas gave up on it")
         if needs.dots_kept < needs.dots:
             lost = needs.dots - needs.dots_kept
-            found.append(f"has {needs.dots} tl.dot in its source, and {lost} of them vanish or multiply a constant")
+            found.append(f"has {needs.dots} tl.dot in its source, and {lost} of them vanish or multiply zeros")
         elif needs.dots_compiled < needs.dots:
             found.append(f"has {needs.dots} tl.dot in its source and {needs.dots_compiled} when compiled")
     for what in found:
