@@ -52,8 +52,7 @@ def read_loops(text: str) -> tuple[list[Loop], dict[int, int | None]]:
     loops, regions, lines = [], [], {}  # regions: of those that are open, the loop that each lies in
     for number, line in enumerate(text.splitlines(), start=1):
         line = re.sub(r" loc\(.*\)$", "", line.strip())
-        if line.startswith("}") and regions:
-            regions.pop()
+        closed = regions.pop() if line.startswith("}") and regions else None
         inside = regions[-1] if regions else None
         lines[number] = inside
         if line.endswith("{"):
@@ -62,7 +61,7 @@ def read_loops(text: str) -> tuple[list[Loop], dict[int, int | None]]:
                 known = None not in (first, end, step)
                 loops.append(Loop(inside, max(0, -(-(end - first) // step)) if known else None))
                 inside = len(loops) - 1
-            regions.append(inside)
+            regions.append(closed if line.startswith("}") else inside)  # "} else {", and "} do {" of a while
     return loops, lines
 
 

@@ -44,8 +44,10 @@ def nested(x, y, rows, n, SIZE: tl.constexpr):
 @triton.jit
 def looked_up(x, table, y, n, SIZE: tl.constexpr):
     total = tl.zeros([SIZE], tl.float32)
-    for c in range(0, n):
+    c = 0
+    while c < n:
         total += tl.load(x + c * SIZE + tl.arange(0, SIZE)) * tl.load(table + (c & 3) * SIZE + tl.arange(0, SIZE))
+        c += 1
     tl.store(y + tl.arange(0, SIZE), total)
 
 
@@ -155,6 +157,21 @@ LISTING = """
 """
 
 
+REGIONS = """\
+scf.for %i = %a to %b step %c  : i32 {
+  scf.if %p {
+    %x = arith.addi %i, %i : i32
+  } else {
+    %y = arith.addi %i, %i : i32
+  }
+  %r = scf.while (%w = %z) : (i32) -> i32 {
+    scf.condition(%p) %w : i32
+  } do {
+  ^bb0(%v: i32):
+    scf.yield %v : i32
+  }
+}
+"""
 DROPPED = (  # before the loop, in the loop
     ("a = z; b = z", "a = b; b = g()"),
     ("a, b, c = z, z, 1", "a, b = b, c + a"),
@@ -242,6 +259,7 @@ def facts(folder: Path) -> dict:
     for arch, kernel in kernels:
         needs, said = judged(noted(kernel, half, x, 5, SIZE=64), "bfloat16", arch)
         found[f"{kernel.fn.__name__} {arch}"] = said, needs.mma
+    found["regions"] = list(sass.read_loops(REGIONS)[1].values())
     found["lost"] = [(function, name) for function, _, name in ahead_of_time.lost_names(Path(__file__).read_text())]
     found["dropped"] = {}
     for before, body in DROPPED:
@@ -331,6 +349,7 @@ def test_multiply_adds_are_exact(found):
 
 
 def test_loops_that_a_compiler_unfolds_or_doubles(found):
+    assert found["regions"] == [None, 0, 0, 0, 0, 0, 0, 1, 0, 1, 1, 0, None]
     loops, (never, once, often) = found["unfolded"]
     assert loops == [2, None]
     assert never == 4  # two instructions outside of loops, and a loop that no line of the source is behind
