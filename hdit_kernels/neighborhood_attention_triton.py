@@ -34,6 +34,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 STEEP = tl.constexpr(57.0)  # of logits to base 2: exp2(57), summed over 65² keys and multiplied by values, is a float32
 LOWEST = tl.constexpr(-1e30)  # where a running maximum begins: −inf less −inf is no number
 EPS = tl.constexpr(1e-6)
+FAR = tl.constexpr(
+    1 << 29
+)  # rows away: the place of what is not seen because of its column, so that one comparison does
 
 
 class Tokens(NamedTuple):
@@ -70,7 +73,9 @@ class Shape(NamedTuple):
     cosine: bool
     masked: bool
     running: bool  # the softmax keeps a running maximum
+    alone: bool  # a query has one key at most
     split: bool  # prepared queries and keys are held as sums of two, for logits of twice the digits
+    exact: bool  # the backward pass divides by what its weights add up to, so that lse may be rounded
     wide: bool  # offsets within a batch item need 64 bits
     held: Any  # type of prepared queries and keys
     upcast: bool
@@ -314,6 +319,17 @@ def finish(out, lse, place, sums, total, top, inside, S: tl.constexpr):
 
 
 @triton.jit
+def seen_of_strip(below, shown, S: tl.constexpr):
+    """Which keys the tile above sees, and which this one; below: rows from the first that a query here sees."""
+    above = below + S.ty < S.rows
+    here = below.to(tl.uint32) < S.rows
+    if S.masked:
+        return above & shown[None, :], here & shown[None, :]
+    else:
+        return above, here
+
+
+@triton.jit
 def march(
     q, k, v, out, lse, cos, sin, key_mask, factor, height, width, batch, head, heads, x0, begin, end,
     S: tl.constexpr, RUNNING: tl.constexpr,
@@ -329,8 +345,8 @@ def march(
     y, x = query // S.tx, x0 + query % S.tx
     x_read = tl.minimum(x, width - 1)
     key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
-    aside, below = (key % S.keys)[None, :] - (query % S.tx)[:, None], key_y[None, :] - y[:, None]
-    in_columns = (aside >= 0) & (aside < S.columns)
+    aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
+    below = tl.where((aside >= 0) & (aside < S.columns), key_y[None, :] - y[:, None], FAR)
 
     q_above = tl.zeros([M, WIDTH], S.held)
     out_above = tl.zeros([M, V_WIDTH], tl.float32)
@@ -348,10 +364,7 @@ def march(
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen = in_columns & shown[None, :] if S.masked else in_columns
-            distance = below + step * S.step
-            seen_above = seen & (distance + S.ty < S.rows)
-            seen = seen & (distance >= 0) & (distance < S.rows)
+            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
             out_above, total_above, top_above = absorb(
                 q_above, q_above, keys, low, values, out_above, total_above, top_above, seen_above, factor, S, RUNNING
             )
@@ -361,9 +374,7 @@ def march(
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen = in_columns & shown[None, :] if S.masked else in_columns
-            distance = below + step * S.step
-            seen = seen & (distance >= 0) & (distance < S.rows)
+            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
             sums, total, top = absorb(here, here, keys, low, values, sums, total, top, seen, factor, S, RUNNING)
         row = (tile - 1) * S.ty + y
         place = batch * height * width * heads + head + offset(row, x_read, width * heads, heads, S)
@@ -465,7 +476,8 @@ def windows_of_tile(height, width, row_class, column_class, row, column, S: tl.c
 def in_window(key, query, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """Whether the queries (one axis of the tensor) see the keys (the other), along one axis of the grid."""
     start = window_start(query, n, WINDOW, STRIDE, CAUSAL)
-    return (key >= start) & (key < window_end(query, start, WINDOW, CAUSAL))
+    size = window_end(query, start, WINDOW, CAUSAL) - start
+    return (key - start).to(tl.uint32) < size.to(tl.uint32)  # one comparison: what lies before is huge
 
 
 @triton.jit
@@ -501,30 +513,33 @@ def forward_tiles(
                 sums, total, top = absorb(
                     here, here_low, keys, low, values, sums, total, top, shown[None, :], factor, S, True
                 )
-        blocks_across = (right - left + S.keys - 1) // S.keys
-        blocks = (bottom - top_key + S.step - 1) // S.step * blocks_across
-        for block in tl.range(0, blocks, num_stages=1):
-            key_row = top_key + block // blocks_across * S.step + key // S.keys
-            key_column = left + block % blocks_across * S.keys + key % S.keys
-            seen = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
-            seen &= in_window(
+        for across in tl.range(left, right, S.keys, num_stages=1):
+            key_column = across + key % S.keys
+            in_columns = in_window(
                 key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
             )
-            exists = (key_row < n_rows) & (key_column < n_columns)
-            keys, low, values, shown = block_of_keys(
-                k, v, cos, sin, key_mask, row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation,
-                column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation, exists,
-                height, width, batch, head, heads, S,
-            )  # fmt: skip
-            sums, total, top = absorb(
-                here, here_low, keys, low, values, sums, total, top, seen & shown[None, :], factor, S, True
-            )
+            in_grid = key_column < n_columns
+            key_place = tl.where(in_columns, (key // S.keys)[None, :], FAR)
+            key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
+            for down in tl.range(top_key, bottom, S.step, num_stages=1):
+                key_row = down + key // S.keys
+                seen = in_window(key_place + down, row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
+                key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
+                keys, low, values, shown = block_of_keys(
+                    k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows),
+                    height, width, batch, head, heads, S,
+                )  # fmt: skip
+                if S.masked:
+                    seen = seen & shown[None, :]
+                sums, total, top = absorb(here, here_low, keys, low, values, sums, total, top, seen, factor, S, True)
         place = batch * height * width * heads + head + offset(y, x, width * heads, heads, S)
         finish(out, lse, place, sums, total, top, inside, S)
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
 
+# Rows of keys in a block of a strip, where it is not 2. Predicted, not yet measured on a GPU: with 2, registers spill.
+STEPS = {("cuda", "80"): {"queries": 1}, ("cuda", "86"): {"queries": 1}, ("cuda", "89"): {"queries": 1}}
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -545,7 +560,7 @@ class Call:
 
     def __init__(self, inputs, params):
         q, k, v, cosine_scale, height_angles, width_angles, extra_k, extra_v, key_mask = inputs
-        self.window, self.stride, self.dilation, self.causal, self.scale = params
+        (self.window, self.stride, self.dilation, self.causal), self.scale = map(tuple, params[:4]), params[4]
         self.q, self.k, self.v, self.extra_k, self.extra_v = (dense(t) for t in (q, k, v, extra_k, extra_v))
         self.batch, self.height, self.width, self.heads, self.dim = q.shape
         self.v_dim, self.extras = v.shape[4], 0 if extra_k is None else extra_k.shape[1]
@@ -562,10 +577,11 @@ class Call:
         piece = power_of_2(max(16, 2 * self.r, (rest + 1) // 2) if self.r else max(16, self.dim))
         split = cosine and dtype is torch.float16  # unit queries, of a head that may be steep
         held = torch.float16 if cosine and dtype is torch.bfloat16 else dtype
+        alone = self.window == (1, 1) and not self.extras
         return Shape(
             *self.window, *self.stride, *self.dilation, *self.causal, self.dim, self.v_dim, self.r,
             piece, 4 * piece if self.r else piece, power_of_2(max(16, self.v_dim)), ty, tx, step, keys,
-            cosine, self.key_mask is not None, not cosine or dtype is torch.float16, split, wide, TYPES[held],
+            cosine, self.key_mask is not None, not cosine or dtype is torch.float16, alone, split, dtype is torch.float32, wide, TYPES[held],
             self.target.backend == "interpreter", "tf32x3" if self.target.backend == "cuda" else "ieee",
         )  # fmt: skip
 
@@ -585,11 +601,17 @@ class Call:
         keys = min(32, power_of_2(min(tx + self.window[1] - 1, columns)))
         return ty, tx, max(1, (32 if longest <= 256 else 16) // keys), max(keys, 16 if longest > 256 else 1)
 
+    def strip_tile(self, kernel: str) -> tuple[int, int, int, int]:
+        """ty, tx, step, keys for "forward" or "queries" (of the backward pass)."""
+        return 8, 8, STEPS.get((self.target.backend, self.target.arch), {}).get(kernel, 2), 16
+
     def trips(self, ty: int, tx: int, step: int, keys: int) -> tuple[float, ...]:
-        """How often the loops of a kernel that holds one tile run: over additional tokens, over blocks of the grid."""
-        span = [min(t + w - 1, n) for t, w, n in zip((ty, tx), self.window, (self.height, self.width), strict=True)]
-        blocks = -(-span[0] // step) * -(-span[1] // keys)
-        return (-(-self.extras // (step * keys)), blocks) if self.extras else (blocks,)
+        """How often the loops of a kernel that holds one tile run: over additional tokens, over columns, over rows."""
+        rows, columns = (
+            min(t + w - 1, n) for t, w, n in zip((ty, tx), self.window, (self.height, self.width), strict=True)
+        )
+        grid = -(-columns // keys), -(-rows // step)
+        return (-(-self.extras // (step * keys)), *grid) if self.extras else grid
 
     def programs(self, ty: int, tx: int) -> int:
         """Of one tile each."""
@@ -616,7 +638,7 @@ def forward(inputs, outputs, params) -> None:
     size = call.q.element_size()
     moved = call.batch * call.height * call.width * call.heads * (2 * (call.dim + call.v_dim) * size + 4)
     if call.strips():
-        ty, tx, step, keys = 8, 8, 2, 16
+        ty, tx, step, keys = call.strip_tile("forward")
         tiles, segments = call.segments(ty, tx)
         shape = call.shape(ty, tx, step, keys, wide)
         strips = -(-call.width // tx)

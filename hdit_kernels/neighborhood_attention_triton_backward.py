@@ -16,8 +16,9 @@ from hdit_kernels import triton_launch
 from hdit_kernels.cosine_rope import dense
 from hdit_kernels.neighborhood_attention_triton import (
     EPS,
-    LN2,
+    FAR,
     LOG2E,
+    STEEP,
     Call,
     angles_at,
     block_of_keys,
@@ -31,6 +32,7 @@ from hdit_kernels.neighborhood_attention_triton import (
     prepared_parts,
     products,
     read,
+    seen_of_strip,
     strip_of_program,
     tile_of_program,
     tokens,
@@ -96,45 +98,46 @@ def write_gradient(
 
 
 @triton.jit
-def softmax_of(lse, place):
-    """What to take from logits to base 2, so that exp2 gives weights; of a query without keys, anything finite."""
-    level = tl.load(lse + place)
-    return tl.where(level == -float("inf"), 0.0, level * LOG2E)
-
-
-@triton.jit
-def outputs_of(out, dout, lse, dlse, delta, row, column, place, inside, batch, head, S: tl.constexpr):
-    """dout, level, delta of queries; delta is written too."""
+def outputs_of(out, dout, lse, dlse, row, column, place, batch, head, S: tl.constexpr):
+    """dout, `level`, `delta` and dlse of queries. level: what to take from logits to base 2, so that exp2 gives weights."""
     feature = tl.arange(0, S.v_width)
     given = heads_at(dout, row, column, batch, head, S)[:, None] + feature[None, :]
-    given = read(given, feature, inside, S.v_dim, False)
+    given = read(given, feature, row, S.v_dim, False)
     result = heads_at(out, row, column, batch, head, S)[:, None] + feature[None, :]
-    result = read(result, feature, inside, S.v_dim, False)
-    change = tl.sum(given.to(tl.float32) * result.to(tl.float32), 1)
+    result = read(result, feature, row, S.v_dim, False)
+    change = tl.zeros([row.shape[0]], tl.float32)
+    delta = change if S.alone else tl.sum(given.to(tl.float32) * result.to(tl.float32), 1)
     if dlse is not None:
-        change -= tl.load(dlse + place)
-    tl.store(delta + place, change, inside)
-    return given, softmax_of(lse, place), change
+        change = tl.load(dlse + place)
+    level = tl.load(lse + place)
+    level = tl.where(level == -float("inf"), 0.0, level * LOG2E)  # without any key: anything finite
+    return given, level, delta - change, change
 
 
 @triton.jit
-def add_to_queries(q, q_low, dout, level, delta, sums, k, k_low, v, seen, factor, S: tl.constexpr):
-    """sums + Σ over keys of the logits' gradient times the key"""
+def change_of_weights(a, b, S: tl.constexpr):
+    """⟨dout, value⟩ of every pair. A window of one key has the constant weight 1, whatever rounding says."""
+    result = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    return result if S.alone else dot(a, tl.trans(b), result, S)
+
+
+@triton.jit
+def softmax_gradient(q, q_low, dout, level, delta, k, k_low, v, seen, factor, S: tl.constexpr):
+    """[queries, keys]: logits (before factor), weights, and the gradient of logits · factor."""
     logits = products(q, q_low, k, k_low, S)
     weights = tl.exp2(tl.where(seen, logits * factor - level[:, None], -float("inf")))
-    dweights = dot(dout, tl.trans(v), tl.zeros([q.shape[0], k.shape[0]], tl.float32), S)
-    dlogits = (weights * (dweights - delta[:, None])).to(v.dtype)
-    return dot(dlogits, k.to(v.dtype), sums, S)
+    return logits, weights, weights * (change_of_weights(dout, v, S) - delta[:, None])
 
 
 @triton.jit
-def add_to_keys(k, k_low, v, dk, dv, q, q_low, dout, level, delta, seen, factor, S: tl.constexpr):
+def add_to_keys(k, k_low, v, dk, dv, q, q_low, dout, level, delta, weight, seen, factor, S: tl.constexpr):
     """dk, dv + Σ over queries; `seen` is [keys, queries]"""
     logits = products(k, k_low, q, q_low, S)
     weights = tl.exp2(tl.where(seen, logits * factor - level[None, :], -float("inf")))
+    if S.exact:
+        weights *= weight[None, :]
     dv = dot(weights.to(v.dtype), dout, dv, S)
-    dweights = dot(v, tl.trans(dout), tl.zeros([k.shape[0], q.shape[0]], tl.float32), S)
-    dlogits = (weights * (dweights - delta[None, :])).to(v.dtype)
+    dlogits = (weights * (change_of_weights(v, dout, S) - delta[None, :])).to(v.dtype)
     return dot(dlogits, q.to(v.dtype), dk, S), dv
 
 
@@ -143,8 +146,8 @@ def add_to_keys(k, k_low, v, dk, dv, q, q_low, dout, level, delta, seen, factor,
 
 @triton.jit
 def queries_strips(
-    q, k, v, out, dout, lse, dlse, delta, dq, parts, cosine_scale, cos, sin, key_mask, scale, height, width, heads,
-    tiles, segments, S: tl.constexpr,
+    q, k, v, out, dout, lse, dlse, levels, deltas, dq, parts, cosine_scale, cos, sin, key_mask, scale, height, width,
+    heads, tiles, segments, S: tl.constexpr,
 ):  # fmt: skip
     """As `forward_strips`. parts: one number of cosine_scale's gradient for each program."""
     M: tl.constexpr = S.ty * S.tx
@@ -157,12 +160,16 @@ def queries_strips(
         factor *= tl.load(cosine_scale + head)
     begin = segment * tiles
     end = tl.minimum(begin + tiles, (height + S.ty - 1) // S.ty)
+    if (
+        S.cosine
+    ):  # no tile at all of a steep head: `queries_tiles` takes it, which corrects for what rounding does to it
+        end = tl.where(tl.abs(factor * LOG2E) > STEEP, begin - 1, end)
     query, key = tl.arange(0, M), tl.arange(0, S.step * S.keys)
     y, x = query // S.tx, x0 + query % S.tx
     x_read = tl.minimum(x, width - 1)
     key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
-    aside, below = (key % S.keys)[None, :] - (query % S.tx)[:, None], key_y[None, :] - y[:, None]
-    in_columns = (aside >= 0) & (aside < S.columns)
+    aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
+    below = tl.where((aside >= 0) & (aside < S.columns), key_y[None, :] - y[:, None], FAR)
     first_place = batch * height * width * heads + head
 
     q_above = tl.zeros([M, WIDTH], S.held)
@@ -176,51 +183,58 @@ def queries_strips(
         here = heads_at(q, row, x_read, batch, head, S)
         here, here_low = prepared_parts(here, cos, sin, row, x_read, height, head, heads, row, S, False, True)
         place = first_place + offset(row, x_read, width * heads, heads, S)
-        inside = (tile < end) & (tile * S.ty + y < height) & (x < width)
-        given, level, change = outputs_of(out, dout, lse, dlse, delta, row, x_read, place, inside, batch, head, S)
+        given, level, delta, change = outputs_of(out, dout, lse, dlse, row, x_read, place, batch, head, S)
         sums = tl.zeros([M, WIDTH], tl.float32)
         for step in tl.range(0, BOTH, num_stages=1):
             key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen = in_columns & shown[None, :] if S.masked else in_columns
-            distance = below + step * S.step
-            seen_above = seen & (distance + S.ty < S.rows)
-            sums_above = add_to_queries(
-                q_above, q_above, dout_above, level_above, delta_above, sums_above, keys, low, values, seen_above,
-                factor * LOG2E, S,
-            )  # fmt: skip
-            seen = seen & (distance >= 0) & (distance < S.rows)
-            sums = add_to_queries(here, here, given, level, change, sums, keys, low, values, seen, factor * LOG2E, S)
+            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
+            logits, weights, dlogits = softmax_gradient(
+                q_above, q_above, dout_above, level_above, delta_above, keys, low, values, seen_above, factor * LOG2E, S
+            )
+            sums_above = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums_above, S)
+            logits, weights, dlogits = softmax_gradient(
+                here, here, given, level, delta, keys, low, values, seen, factor * LOG2E, S
+            )
+            sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         for step in tl.range(BOTH, S.ty // S.step, num_stages=1):
             key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen = in_columns & shown[None, :] if S.masked else in_columns
-            distance = below + step * S.step
-            seen = seen & (distance >= 0) & (distance < S.rows)
-            sums = add_to_queries(here, here, given, level, change, sums, keys, low, values, seen, factor * LOG2E, S)
+            seen_above, seen = seen_of_strip(below + step * S.step, shown, S)
+            logits, weights, dlogits = softmax_gradient(
+                here, here, given, level, delta, keys, low, values, seen, factor * LOG2E, S
+            )
+            sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         row = (tile - 1) * S.ty + y
         inside = (tile > begin) & (row < height) & (x < width)
         row = tl.minimum(tl.maximum(row, 0), height - 1)
+        place = first_place + offset(row, x_read, width * heads, heads, S)
+        tl.store(levels + place, level_above, inside)
+        tl.store(deltas + place, delta_above, inside)
         along = write_gradient(
             heads_at(q, row, x_read, batch, head, S), heads_at(dq, row, x_read, batch, head, S), sums_above,
             cos, sin, row, x_read, height, head, heads, factor, inside, S, True,
         )  # fmt: skip
         part += tl.where(inside, along, 0.0)
-        q_above, dout_above, level_above, delta_above, sums_above = here, given, level, change, sums
-    if parts is not None:
-        tl.store(parts + tl.program_id(0), tl.sum(part, 0) * scale)
+        q_above, dout_above, level_above, delta_above = here, given, level, delta
+        sums_above = sums
+    tl.store(parts + tl.program_id(0), tl.sum(part, 0) * scale)
 
 
 @triton.jit
 def queries_tiles(
-    q, k, v, extra_k, extra_v, out, dout, lse, dlse, delta, dq, parts, cosine_scale, cos, sin, key_mask, scale,
-    height, width, heads, extras, S: tl.constexpr,
+    q, k, v, extra_k, extra_v, out, dout, lse, dlse, levels, deltas, unit, dq, parts, cosine_scale, cos, sin, key_mask,
+    scale, height, width, heads, extras, S: tl.constexpr, ONLY_STEEP: tl.constexpr,
 ):  # fmt: skip
-    """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program."""
+    """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program. ONLY_STEEP: of the other heads
+    nothing is computed.
+
+    The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a softmax is
+    steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
     M: tl.constexpr = S.ty * S.tx
     N: tl.constexpr = S.step * S.keys
     WIDTH: tl.constexpr = S.width
@@ -228,53 +242,81 @@ def queries_tiles(
     n_rows, n_columns, top, bottom, left, right = windows_of_tile(
         height, width, row_class, column_class, row0, column0, S
     )
+    factor = scale
+    if S.cosine:
+        factor *= tl.load(cosine_scale + head)
+    here = (row0 < n_rows) & (column0 < n_columns)
+    if ONLY_STEEP:
+        here = here & (tl.abs(factor * LOG2E) > STEEP)
     part = 0.0
-    if row0 < n_rows and column0 < n_columns:
-        factor = scale
-        if S.cosine:
-            factor *= tl.load(cosine_scale + head)
+    if here:
         query, key = tl.arange(0, M), tl.arange(0, N)
         row, column = row0 + query // S.tx, column0 + query % S.tx
         inside = (row < n_rows) & (column < n_columns)
         row, column = tl.minimum(row, n_rows - 1), tl.minimum(column, n_columns - 1)
         y, x = row_class + row * S.row_dilation, column_class + column * S.column_dilation
-        here = heads_at(q, y, x, batch, head, S)
-        here, here_low = prepared_parts(here, cos, sin, y, x, height, head, heads, inside, S, False, True)
+        held = heads_at(q, y, x, batch, head, S)
+        held, held_low = prepared_parts(held, cos, sin, y, x, height, head, heads, inside, S, False, True)
         place = batch * height * width * heads + head + offset(y, x, width * heads, heads, S)
-        given, level, change = outputs_of(out, dout, lse, dlse, delta, y, x, place, inside, batch, head, S)
+        given, level, delta, change = outputs_of(out, dout, lse, dlse, y, x, place, batch, head, S)
         sums = tl.zeros([M, WIDTH], tl.float32)
+        slip = tl.zeros([M], tl.float32)
+        mean = tl.zeros([M], tl.float32)
+        total = tl.zeros([M], tl.float32)
         if extra_k is not None:
             for start in tl.range(0, extras, N, num_stages=1):
                 keys, low, values, shown = extra_tokens(extra_k, extra_v, start + key, extras, batch, head, heads, S)
-                sums = add_to_queries(
-                    here, here_low, given, level, change, sums, keys, low, values, shown[None, :], factor * LOG2E, S
+                logits, weights, dlogits = softmax_gradient(
+                    held, held_low, given, level, delta, keys, low, values, shown[None, :], factor * LOG2E, S
                 )
-        blocks_across = (right - left + S.keys - 1) // S.keys
-        blocks = (bottom - top + S.step - 1) // S.step * blocks_across
-        for block in tl.range(0, blocks, num_stages=1):
-            key_row = top + block // blocks_across * S.step + key // S.keys
-            key_column = left + block % blocks_across * S.keys + key % S.keys
-            seen = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
-            seen &= in_window(
+                slip, mean, total = (
+                    slip + tl.sum(dlogits, 1),
+                    mean + tl.sum(weights * logits, 1),
+                    total + tl.sum(weights, 1),
+                )
+                sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
+        for across in tl.range(left, right, S.keys, num_stages=1):
+            key_column = across + key % S.keys
+            in_columns = in_window(
                 key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
             )
-            exists = (key_row < n_rows) & (key_column < n_columns)
-            keys, low, values, shown = block_of_keys(
-                k, v, cos, sin, key_mask, row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation,
-                column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation, exists,
-                height, width, batch, head, heads, S,
-            )  # fmt: skip
-            seen = seen & shown[None, :]
-            sums = add_to_queries(
-                here, here_low, given, level, change, sums, keys, low, values, seen, factor * LOG2E, S
-            )
+            in_grid = key_column < n_columns
+            key_place = tl.where(in_columns, (key // S.keys)[None, :], FAR)
+            key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
+            for down in tl.range(top, bottom, S.step, num_stages=1):
+                key_row = down + key // S.keys
+                seen = in_window(key_place + down, row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
+                key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
+                keys, low, values, shown = block_of_keys(
+                    k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows),
+                    height, width, batch, head, heads, S,
+                )  # fmt: skip
+                if S.masked:
+                    seen = seen & shown[None, :]
+                logits, weights, dlogits = softmax_gradient(
+                    held, held_low, given, level, delta, keys, low, values, seen, factor * LOG2E, S
+                )
+                slip, mean, total = (
+                    slip + tl.sum(dlogits, 1),
+                    mean + tl.sum(weights * logits, 1),
+                    total + tl.sum(weights, 1),
+                )
+                sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
+        if S.exact:
+            norm = tl.where(total == 0.0, 0.0, 1.0 / total)
+            sums *= norm[:, None]
+            slip *= norm
+            mean *= norm
+            tl.store(unit + place, norm, inside)
+        slip -= change
+        tl.store(levels + place, level, inside)
+        tl.store(deltas + place, delta + slip, inside)
         along = write_gradient(
             heads_at(q, y, x, batch, head, S), heads_at(dq, y, x, batch, head, S), sums,
             cos, sin, y, x, height, head, heads, factor, inside, S, True,
         )  # fmt: skip
-        part += tl.sum(tl.where(inside, along, 0.0), 0) * scale
-    if parts is not None:
-        tl.store(parts + tl.program_id(0), part)
+        part += tl.sum(tl.where(inside, along - slip * mean, 0.0), 0) * scale
+    tl.store(parts + tl.program_id(0), part)
 
 
 # ---- over keys ------------------------------------------------------------------------------------------------------
@@ -303,21 +345,40 @@ def last_reader(key, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.c
 
 @triton.jit
 def block_of_queries(
-    q, dout, lse, delta, cos, sin, row, column, exists, height, width, batch, head, heads, S: tl.constexpr
+    q, dout, levels, deltas, unit, cos, sin, row, column, exists, height, width, batch, head, heads, S: tl.constexpr
 ):
-    """Prepared queries, dout, level and delta [queries, …] of tokens."""
+    """Prepared queries, dout, level, delta and what their weights add up to, inverted: [queries, …] of tokens."""
     here = heads_at(q, row, column, batch, head, S)
     here, low = prepared_parts(here, cos, sin, row, column, height, head, heads, exists, S, False, True)
     feature = tl.arange(0, S.v_width)
     given = heads_at(dout, row, column, batch, head, S)[:, None] + feature[None, :]
     given = read(given, feature, exists, S.v_dim, False)
     place = batch * height * width * heads + head + offset(row, column, width * heads, heads, S)
-    return here, low, given, softmax_of(lse, place), tl.load(delta + place)
+    level = tl.where(exists, tl.load(levels + place), float("inf"))  # no weight for what does not exist
+    norm = tl.load(unit + place) if S.exact else level
+    return here, low, given, level, tl.load(deltas + place), norm
 
 
 @triton.jit
 def keys_tiles(
-    q, k, v, dout, lse, delta, dk, dv, cosine_scale, cos, sin, key_mask, scale, height, width, heads, S: tl.constexpr
+    q,
+    k,
+    v,
+    dout,
+    levels,
+    deltas,
+    unit,
+    dk,
+    dv,
+    cosine_scale,
+    cos,
+    sin,
+    key_mask,
+    scale,
+    height,
+    width,
+    heads,
+    S: tl.constexpr,
 ):
     """dk and dv of one tile of ty × tx keys of a class, from the queries that see any of them."""
     M: tl.constexpr = S.ty * S.tx
@@ -345,28 +406,29 @@ def keys_tiles(
         left = first_reader(column0, n_columns, S.columns, S.column_stride, S.causal_columns)
         right = tl.minimum(column0 + S.tx, n_columns) - 1
         right = last_reader(right, n_columns, S.columns, S.column_stride, S.causal_columns) + 1
-        blocks_across = (right - left + S.keys - 1) // S.keys
-        blocks = (bottom - top + S.step - 1) // S.step * blocks_across
-        for block in tl.range(0, blocks, num_stages=1):
-            query_row = top + block // blocks_across * S.step + query // S.keys
-            query_column = left + block % blocks_across * S.keys + query % S.keys
-            exists = (query_row < n_rows) & (query_column < n_columns)
-            query_row = tl.minimum(query_row, n_rows - 1)
+        for across in tl.range(left, right, S.keys, num_stages=1):
+            query_column = across + query % S.keys
+            in_grid = query_column < n_columns
             query_column = tl.minimum(query_column, n_columns - 1)
-            seen = in_window(row[:, None], query_row[None, :], n_rows, S.rows, S.row_stride, S.causal_rows)
-            seen &= in_window(
+            in_columns = in_window(
                 column[:, None], query_column[None, :], n_columns, S.columns, S.column_stride, S.causal_columns
             )
-            here, low, given, level, change = block_of_queries(
-                q, dout, lse, delta, cos, sin, row_class + query_row * S.row_dilation,
-                column_class + query_column * S.column_dilation, exists, height, width, batch, head, heads, S,
-            )  # fmt: skip
-            seen = seen & exists[None, :]
-            if S.masked:
-                seen = seen & shown[:, None]
-            dkeys, dvalues = add_to_keys(
-                keys, keys_low, values, dkeys, dvalues, here, low, given, level, change, seen, factor * LOG2E, S
-            )
+            in_columns = in_columns & in_grid[None, :] & shown[:, None]
+            place = tl.where(in_columns, row[:, None], FAR)
+            query_x = column_class + query_column * S.column_dilation
+            for down in tl.range(top, bottom, S.step, num_stages=1):
+                query_row = down + query // S.keys
+                exists = in_grid & (query_row < n_rows)
+                query_row = tl.minimum(query_row, n_rows - 1)
+                seen = in_window(place, query_row[None, :], n_rows, S.rows, S.row_stride, S.causal_rows)
+                here, low, given, level, delta, norm = block_of_queries(
+                    q, dout, levels, deltas, unit, cos, sin, row_class + query_row * S.row_dilation, query_x, exists,
+                    height, width, batch, head, heads, S,
+                )  # fmt: skip
+                dkeys, dvalues = add_to_keys(
+                    keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm, seen,
+                    factor * LOG2E, S,
+                )  # fmt: skip
         if dv is not None:
             write(heads_at(dv, y, x, batch, head, S), dvalues, tl.arange(0, V_WIDTH), inside, S.v_dim)
         if dk is not None:  # what is not shown may hold anything: its gradient is that of zeros
@@ -379,8 +441,8 @@ def keys_tiles(
 
 @triton.jit
 def extras_segments(
-    q, extra_k, extra_v, dout, lse, delta, dk, dv, cosine_scale, cos, sin, scale, height, width, heads, extras, blocks,
-    segments, S: tl.constexpr,
+    q, extra_k, extra_v, dout, levels, deltas, unit, dk, dv, cosine_scale, cos, sin, scale, height, width, heads,
+    extras, blocks, segments, S: tl.constexpr,
 ):  # fmt: skip
     """What `blocks` blocks of queries add to the gradients of ty · tx additional tokens; a segment's sum for itself."""
     M: tl.constexpr = S.ty * S.tx
@@ -404,13 +466,14 @@ def extras_segments(
         query = block * N + tl.arange(0, N)
         exists = query < height * width
         query = tl.minimum(query, height * width - 1)
-        here, low, given, level, change = block_of_queries(
-            q, dout, lse, delta, cos, sin, query // width, query % width, exists, height, width, batch, head, heads, S
-        )
-        seen = inside[:, None] & exists[None, :]
+        here, low, given, level, delta, norm = block_of_queries(
+            q, dout, levels, deltas, unit, cos, sin, query // width, query % width, exists,
+            height, width, batch, head, heads, S,
+        )  # fmt: skip
         dkeys, dvalues = add_to_keys(
-            keys, keys_low, values, dkeys, dvalues, here, low, given, level, change, seen, factor * LOG2E, S
-        )
+            keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm, inside[:, None],
+            factor * LOG2E, S,
+        )  # fmt: skip
     # (gradients lie as (B, segments, S, heads, dim), so that a segment is a row)
     if dv is not None:
         to = heads_at(dv, token * 0 + segment, token, batch, head, S)
@@ -431,51 +494,56 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     (out, lse), (dout, dlse), (dq, dk, dv, dcosine_scale, dextra_k, dextra_v) = saved, grad_outputs, grads
     dout = torch.zeros_like(out) if dout is None else dense(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    delta = torch.empty_like(lse)
+    levels, deltas = torch.empty_like(lse), torch.empty_like(lse)
+    unit = torch.empty_like(lse) if call.q.dtype is torch.float32 else None
     wide = triton_launch.wide_offsets(call.q, call.k, call.v, out, dout, dq, dk, dv)
     grid = call.height, call.width, call.heads
     tables = call.cosine_scale, call.cos, call.sin, call.key_mask, call.scale
     q, k, v, extra_k, extra_v = (tokens(t) for t in (call.q, call.k, call.v, call.extra_k, call.extra_v))
     dq = torch.empty_like(call.q) if dq is None else dq  # delta has to be computed all the same
-    results = tokens(out), tokens(dout), lse, dlse, delta, tokens(dq)
+    results = tokens(out), tokens(dout), lse, dlse, levels, deltas
     size = call.q.element_size()
     heads = call.batch * call.height * call.width * call.heads
     moved = heads * (3 * (call.dim + call.v_dim) * size + 8), heads * (3 * (call.dim + call.v_dim) * size + 8)
 
+    parts = []  # of cosine_scale's gradient, one for each program; heads in the order of programs
     if call.strips():
-        ty, tx, step, keys = 8, 8, 4, 16
+        ty, tx, step, keys = call.strip_tile("queries")
         tiles, segments = call.segments(ty, tx)
         programs = -(-call.width // tx) * segments * call.heads * call.batch
-        parts = None if dcosine_scale is None else lse.new_empty(programs)
+        parts.append(lse.new_empty(programs))
         both = -(-(call.window[0] - 1) // step)
         triton_launch.launch(
-            queries_strips, programs, q, k, v, *results, parts, *tables, *grid, tiles, segments,
+            queries_strips, programs, q, k, v, *results, tokens(dq), parts[-1], *tables, *grid, tiles, segments,
             S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=(tiles + 1, both, ty // step - both),
             moved=moved[0],
         )  # fmt: skip
-    else:
+    if not call.strips() or call.cosine_scale is not None:
         ty, tx, step, keys = call.tile()
         programs = call.programs(ty, tx)
-        parts = None if dcosine_scale is None else lse.new_empty(programs)
+        parts.append(lse.new_empty(programs))
         triton_launch.launch(
-            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, parts, *tables, *grid, call.extras,
-            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=call.trips(ty, tx, step, keys), moved=moved[0],
+            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, unit, tokens(dq), parts[-1], *tables, *grid,
+            call.extras, S=call.shape(ty, tx, step, keys, wide), ONLY_STEEP=call.strips(), num_warps=4,
+            trips=call.trips(ty, tx, step, keys) if not call.strips() else (0, 0, 0), moved=moved[0],
         )  # fmt: skip
     if dcosine_scale is not None:
-        sums = parts.view(call.batch, call.heads, -1) if parts.numel() else parts.new_zeros(1, call.heads, 1)
-        dcosine_scale.copy_(sums.double().sum((0, 2)))
+        if call.batch * call.height * call.width == 0:
+            dcosine_scale.zero_()
+        else:
+            dcosine_scale.copy_(sum(p.view(call.batch, call.heads, -1).double().sum((0, 2)) for p in parts))
     if dk is not None or dv is not None:
         ty, tx, step, keys = call.tile()
         triton_launch.launch(
-            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), lse, delta, tokens(dk), tokens(dv), *tables, *grid,
-            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=call.trips(ty, tx, step, keys)[-1:],
+            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), levels, deltas, unit, tokens(dk), tokens(dv), *tables, *grid,
+            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=call.trips(ty, tx, step, keys)[-2:],
             moved=moved[1],
         )  # fmt: skip
     if call.extras and (dextra_k is not None or dextra_v is not None):
-        backward_of_extras(call, q, extra_k, extra_v, tokens(dout), lse, delta, dextra_k, dextra_v, wide)
+        backward_of_extras(call, q, extra_k, extra_v, tokens(dout), levels, deltas, unit, dextra_k, dextra_v, wide)
 
 
-def backward_of_extras(call, q, extra_k, extra_v, dout, lse, delta, dextra_k, dextra_v, wide) -> None:
+def backward_of_extras(call, q, extra_k, extra_v, dout, levels, deltas, unit, dextra_k, dextra_v, wide) -> None:
     """The additional tokens' gradients: sums over segments of the queries, added up in a fixed order."""
     ty, tx, step, keys = call.tile()
     blocks = -(-call.height * call.width // (step * keys))
@@ -483,9 +551,9 @@ def backward_of_extras(call, q, extra_k, extra_v, dout, lse, delta, dextra_k, de
     wanted = -(-4 * call.target.processors // max(1, tokens_across * call.heads * call.batch))
     per_segment = -(-blocks // max(1, min(wanted, blocks)))
     segments = -(-blocks // per_segment)
-    sums = [None if g is None else lse.new_empty((call.batch, segments, *g.shape[1:])) for g in (dextra_k, dextra_v)]
+    sums = [None if g is None else levels.new_empty((call.batch, segments, *g.shape[1:])) for g in (dextra_k, dextra_v)]
     triton_launch.launch(
-        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, lse, delta,
+        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, levels, deltas, unit,
         *(tokens(t) for t in sums), call.cosine_scale, call.cos, call.sin, call.scale, call.height, call.width,
         call.heads, call.extras, per_segment, segments, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
         trips=(per_segment,),
