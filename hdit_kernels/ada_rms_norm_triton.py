@@ -78,11 +78,11 @@ def backward_kernel(
         inside = (later < tokens) & (channel < channels)
         ahead, dy_ahead = tl.load(x + later * x_token, inside, 0.0), tl.load(dy + later * dy_token, inside, 0.0)
         slope = upstream * factor
-        squares, products = tl.split(tl.sum(tl.join(values * values, values * slope), 1))
-        norm = reciprocal_rms(squares[:, None], channels, eps, token < tokens)
+        squares, products = tl.sum(values * values, 1)[:, None], tl.sum(values * slope, 1)[:, None]
+        norm = reciprocal_rms(squares, channels, eps, token < tokens)
         values *= norm
         if dx is not None:
-            along = norm * products[:, None] / channels
+            along = norm * products / channels
             at = dx + (item * tokens + token) * channels + channel
             tl.store(at, norm * (slope - values * along), mask=(token < tokens) & (channel < channels))
         total += upstream * values
@@ -201,4 +201,8 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
         moved=x.nbytes + dy.nbytes + sum(0 if t is None else t.nbytes for t in (dx, parts)),
     )  # fmt: skip
     if parts is not dscale:
-        dscale.copy_(parts.sum(1).reshape(dscale.shape))
+        target = dscale.view(items, channels)
+        if dscale.dtype is torch.float32:
+            torch.sum(parts, 1, out=target)
+        else:
+            target.copy_(parts.sum(1))

@@ -177,11 +177,12 @@ def programs(q: Tensor, shape: dict[str, int]) -> int:
 def forward(inputs, outputs, params) -> None:
     q, k, cosine_scale, *angles = inputs
     q, k = dense(q), dense(k)
-    shape = constants(q, angles[0].shape[-1])
+    cos, sin = turns(*angles)
+    shape = constants(q, cos.shape[-1])
     triton_launch.launch(
-        forward_kernel, programs(q, shape), *turns(*angles), cosine_scale.float().contiguous(), q, k, *outputs,
+        forward_kernel, programs(q, shape), cos, sin, cosine_scale.float().contiguous(), q, k, *outputs,
         *q.shape[1:4], *q.stride()[:4], *k.stride()[:4],
-        **shape, WIDE=triton_launch.wide_offsets(q, k, *outputs), moved=4 * outputs[0].nbytes,
+        **shape, WIDE=triton_launch.wide_offsets(cos, q, k, *outputs), moved=4 * outputs[0].nbytes,
     )  # fmt: skip
 
 
@@ -194,15 +195,16 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
         q_grad = None
     if dk is None:
         k_grad = None
-    shape = constants(q, angles[0].shape[-1])
+    cos, sin = turns(*angles)
+    shape = constants(q, cos.shape[-1])
     count = programs(q, shape)
     parts = None if dscale is None else q.new_empty((count // max(1, len(dscale)), len(dscale)), dtype=torch.float32)
     strides = [t.stride()[:4] if t is not None else (0,) * 4 for t in (q, k, q_grad, k_grad)]
     moved = (dq, dk, q_grad, k_grad, q if q_grad is not None else None, k if k_grad is not None else None)
     triton_launch.launch(
-        backward_kernel, count, *turns(*angles), cosine_scale.float().contiguous(), q, k, q_grad, k_grad, dq, dk, parts,
+        backward_kernel, count, cos, sin, cosine_scale.float().contiguous(), q, k, q_grad, k_grad, dq, dk, parts,
         *q.shape[1:4], *(s for four in strides for s in four),
-        **shape, WIDE=triton_launch.wide_offsets(q, k, q_grad, k_grad, dq, dk),
+        **shape, WIDE=triton_launch.wide_offsets(cos, q, k, q_grad, k_grad, dq, dk),
         moved=sum(t.nbytes for t in moved if t is not None),
     )  # fmt: skip
     if dscale is not None:
