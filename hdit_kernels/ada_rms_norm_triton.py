@@ -1,10 +1,10 @@
 """Adaptive RMSNorm in Triton: y = x·n·s with n = rsqrt(mean x² + eps), forward and backward in one pass each.
 
-A program takes a block of tokens of one batch item, so that it needs one row of scales, and keeps it in registers between
-the mean and the product. With g = dy·s the gradients are dx = n·(g − x·n²·mean(x·g)) and dscale = Σ dy·x·n over an item's
-tokens: a program of the backward pass goes through several blocks of one item, writes its part of that sum, and the parts
-are added up afterwards, always in the same order. Rows of more than LONGEST_BLOCK channels are read twice, in pieces, by
-kernels of their own. Arithmetic is float32.
+A program takes a block of tokens of one batch item, so that it needs one row of scales, and keeps it in registers
+between the mean and the product. With g = dy·s the gradients are dx = n·(g − x·n²·mean(x·g)) and, summed over an
+item's tokens, dscale = Σ dy·x·n: a program of the backward pass goes through several blocks of one item, writes its
+part of that sum, and the parts are added up afterwards, always in the same order. Rows longer than LONGEST are read
+twice, in pieces, by kernels of their own. Arithmetic is float32.
 """
 
 import torch
@@ -15,12 +15,11 @@ from torch import Tensor
 from hdit_kernels import triton_launch
 from hdit_kernels.ada_rms_norm import tokens
 
-# Predicted from the compiled kernels' registers and bytes in flight, not measured on a GPU.
-BLOCK = 2048  # elements of a block for 4 warps, 16 a thread; a longer row is a block of its own
-LONGEST_BLOCK = 8192
-PIECE = 2048  # channels at a time of a row that is longer
-PART = 64  # tokens of a program of the backward pass at most: its sums are then 2 % of what it moves in 16 bits
-PER_PROCESSOR = 4  # programs of the backward pass for each processor, at least, before parts grow
+# Predicted from the compiled kernels' registers and the bytes they keep in flight, not measured on a GPU.
+BLOCK = 4096  # bytes of a block for 4 warps, two accesses of 16 bytes a thread; longer rows have more warps
+LONGEST = 4 * BLOCK  # bytes of a row that is one block
+PIECE = 2048  # channels at a time of a longer one
+WARPS = 16  # of the backward pass a processor holds at the same time, with 128 registers a thread: all there are
 
 
 @triton.jit
@@ -66,21 +65,26 @@ def backward_kernel(
     item, first = block(count, tokens, TOKENS, WIDE)
     channel = tl.arange(0, CHANNELS)[None, :]
     factor = read(scale + item * scale_item + channel, channel < channels)
-    x += item * x_item
-    dy += item * dy_item
+    x += item * x_item + channel
+    dy += item * dy_item + channel
+    token = (first + tl.arange(0, TOKENS))[:, None]
+    inside = (token < tokens) & (channel < channels)
+    ahead, dy_ahead = tl.load(x + token * x_token, inside, 0.0), tl.load(dy + token * dy_token, inside, 0.0)
     total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for start in range(first, tokens, count * TOKENS):
         token = (start + tl.arange(0, TOKENS))[:, None]
-        inside = (token < tokens) & (channel < channels)
-        values = read(x + token * x_token + channel, inside)
-        upstream = read(dy + token * dy_token + channel, inside)
-        norm = reciprocal_rms(tl.sum(values * values, 1)[:, None], channels, eps, token < tokens)
+        values, upstream = ahead.to(tl.float32), dy_ahead.to(tl.float32)
+        later = token + count * TOKENS  # is on its way while this block is summed
+        inside = (later < tokens) & (channel < channels)
+        ahead, dy_ahead = tl.load(x + later * x_token, inside, 0.0), tl.load(dy + later * dy_token, inside, 0.0)
+        slope = upstream * factor
+        squares, products = tl.sum(values * values, 1)[:, None], tl.sum(values * slope, 1)[:, None]
+        norm = reciprocal_rms(squares, channels, eps, token < tokens)
         values *= norm
         if dx is not None:
-            slope = upstream * factor
-            along = tl.sum(values * slope, 1)[:, None] / channels
+            along = norm * products / channels
             at = dx + (item * tokens + token) * channels + channel
-            tl.store(at, norm * (slope - values * along), mask=inside)
+            tl.store(at, norm * (slope - values * along), mask=(token < tokens) & (channel < channels))
         total += upstream * values
     if parts is not None:
         at = parts + tl.program_id(0).to(tl.int64) * channels + channel
@@ -142,13 +146,14 @@ def long_backward_kernel(
         tl.debug_barrier()  # what a thread reads of `parts` next may be what another wrote
 
 
-def tile(tokens: int, channels: int) -> dict[str, int]:
-    """The block of a program, and its warps."""
-    if channels > LONGEST_BLOCK:
-        return {"TOKENS": 1, "CHANNELS": PIECE, "num_warps": 4}
+def tile(x: Tensor) -> tuple[bool, dict[str, int]]:
+    """Whether rows are longer than a block, and what a program takes."""
+    _, length, channels = x.shape
+    if channels * x.itemsize > LONGEST:
+        return True, {"TOKENS": 1, "CHANNELS": PIECE, "num_warps": 4}
     width = triton.next_power_of_2(channels)
-    height = max(1, min(BLOCK // width, triton.next_power_of_2(tokens)))
-    return {"TOKENS": height, "CHANNELS": width, "num_warps": 4 if width <= BLOCK else 8}
+    height = max(1, min(BLOCK // (width * x.itemsize), triton.next_power_of_2(length)))
+    return False, {"TOKENS": height, "CHANNELS": width, "num_warps": max(1, 4 * height * width * x.itemsize // BLOCK)}
 
 
 def scales(scale: Tensor) -> tuple[Tensor, int]:
@@ -163,8 +168,7 @@ def forward(inputs, outputs, params) -> None:
         return
     scale, scale_item = scales(inputs[1])
     items, length, channels = x.shape
-    shape = tile(length, channels)
-    long = channels > LONGEST_BLOCK
+    long, shape = tile(x)
     triton_launch.launch(
         long_forward_kernel if long else forward_kernel, items * triton.cdiv(length, shape["TOKENS"]),
         x, scale, y, length, channels, *x.stride()[:2], scale_item, *params,
@@ -178,12 +182,10 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     x, dy = tokens(*inputs), tokens(grad_outputs[0], inputs[1])
     (scale, scale_item), (dx, dscale) = scales(inputs[1]), grads
     items, length, channels = x.shape
-    long = channels > LONGEST_BLOCK
-    shape = tile(length, channels)
+    long, shape = tile(x)
     blocks = triton.cdiv(length, shape["TOKENS"])
-    programs = PER_PROCESSOR * triton_launch.target(x).processors
-    each = min(triton.cdiv(PART, shape["TOKENS"]), max(1, items * blocks // programs))  # blocks of a program
-    count = triton.cdiv(blocks, each)
+    programs = triton_launch.target(x).processors * WARPS // shape["num_warps"]
+    count = max(1, min(blocks, programs // items))  # programs that share an item
     if dscale is None:
         parts = None
     elif count == 1 and not long:
@@ -194,8 +196,13 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     triton_launch.launch(
         long_backward_kernel if long else backward_kernel, items * count,
         x, scale, dy, dx, parts, length, channels, count, *x.stride()[:2], *dy.stride()[:2], scale_item, *params,
-        **shape, WIDE=triton_launch.wide_offsets(x, scale, dy, dx), trips=(each, pieces, pieces) if long else (each,),
+        **shape, WIDE=triton_launch.wide_offsets(x, scale, dy, dx),
+        trips=(blocks / count, pieces, pieces) if long else (blocks / count,),
         moved=x.nbytes + dy.nbytes + sum(0 if t is None else t.nbytes for t in (dx, parts)),
     )  # fmt: skip
     if parts is not dscale:
-        dscale.copy_(parts.sum(1).reshape(dscale.shape))
+        target = dscale.view(items, channels)
+        if dscale.dtype is torch.float32:
+            torch.sum(parts, 1, out=target)
+        else:
+            target.copy_(parts.sum(1))

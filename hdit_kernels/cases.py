@@ -24,6 +24,7 @@ class Case:
     make: Callable[..., tuple[tuple, dict]] = field(repr=False)
     tensors: tuple[int, int] = (0, 0)  # elements read and written once: forward, backward
     macs: tuple[int, int] = (0, 0)  # multiply-adds of matrix products: forward, backward
+    gradients: bool = True  # False: nothing is differentiated when it is tested, which may take another kernel
 
     def __str__(self) -> str:
         return f"{self.op}[{self.label}]"
@@ -129,7 +130,7 @@ def geglu_case(label, *shape, layout="plain") -> Case:
     return Case("geglu", label, make, (3 * n, 5 * n))
 
 
-def linear_geglu_case(label, rows, width, hidden, bias) -> Case:
+def linear_geglu_case(label, rows, width, hidden, bias, gradients=True) -> Case:
     def make(random):
         more = {"bias": random(2 * hidden)} if bias else {}
         return (random(*rows, width), random(2 * hidden, width) / width**0.5), more
@@ -137,7 +138,7 @@ def linear_geglu_case(label, rows, width, hidden, bias) -> Case:
     tokens = math.prod(rows)
     size = tokens * (width + hidden) + 2 * hidden * width
     products = tokens * width * 2 * hidden
-    return Case("linear_geglu", label, make, (size, 2 * size), (products, 2 * products))
+    return Case("linear_geglu", label, make, (size, 2 * size), (products, 2 * products), gradients)
 
 
 def norm_case(label, shape, scale_shape, layout="plain", eps=1e-6) -> Case:
@@ -205,6 +206,8 @@ TESTED: tuple[Case, ...] = (
     geglu_case("no rows", 0, 34),
     linear_geglu_case("HDiT", (2, 3, 4), 32, 96, False),
     linear_geglu_case("bias, odd", (5,), 7, 9, True),
+    linear_geglu_case("HDiT, no gradients", (2, 3, 4), 32, 96, False, gradients=False),
+    linear_geglu_case("bias, odd, no gradients", (3, 11), 50, 33, True, gradients=False),
     norm_case("a scale per item", (3, 4, 5, 32), (3, 32)),
     norm_case("one scale, odd width", (2, 7, 37), (37,)),
     norm_case("HDiT", (2, 16, 128), (2, 128)),
@@ -292,7 +295,9 @@ def run(
         dys = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype) for o in outputs]
         return tuple(dy.to(o.device, o.dtype) for o, dy in zip(outputs, dys, strict=True))
 
-    if plain or exact:  # inside torch.func the reference is plain PyTorch
+    if not case.gradients:
+        outputs, leaves, grads = function(*leaves.values()), {}, ()
+    elif plain or exact:  # inside torch.func the reference is plain PyTorch
         outputs, vjp = torch.func.vjp(function, *leaves.values())
         given = cotangents(outputs)
         if stored:

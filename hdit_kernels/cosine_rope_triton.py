@@ -1,9 +1,9 @@
 """Cosine normalisation and axial RoPE in Triton: q' and k' in one launch and one pass, and their gradients likewise.
 
-A program takes one head of a block of rows × columns of tokens. It holds a head in three pieces, each read contiguously:
-`first` and `second`, whose features turn together in pairs (i, i + 2r), and `rest`, which does not turn. With n =
-rsqrt(Σx² + 1e-6), y = scale·n·R(x) and g = the gradient turned back by R, dx = scale·n·(g − x·n²·Σx·g) and dscale =
-n·Σx·g, summed over tokens: within a program, then over programs in a fixed order. Arithmetic is float32.
+A program takes one head of a block of rows × columns of tokens. It holds a head in three pieces, each contiguous in
+memory: `first` and `second`, whose features turn together in pairs (i, i + 2r), and `rest`, which does not turn.
+With n = rsqrt(Σx² + 1e-6), y = scale·n·R(x) and g = the gradient turned back by R, dx = scale·n·(g − x·n²·Σx·g) and
+dscale = Σ n·Σx·g over tokens: within a program, then over programs in a fixed order. Arithmetic is float32.
 """
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from hdit_kernels import triton_launch
 from hdit_kernels.cosine_rope import EPS, dense
 
-# Elements of q, and of k, in a program of 4 warps: 16 a thread. Predicted from the compiled kernels' registers and bytes
-# in flight, not measured on a GPU.
+# Elements of q, and of k, in a program of 2 warps: 32 a thread, so that each piece moves 16 bytes at a time. Predicted
+# from the compiled kernels, not measured on a GPU.
 BLOCK = 2048
 TOKENS = 64  # at most, for small heads
 
@@ -165,7 +165,7 @@ def constants(q: Tensor, r: int) -> dict[str, int]:
     cover = lambda c: triton.cdiv(height, count // c) * (count // c) * triton.cdiv(width, c) * c  # noqa: E731
     columns = min((2**i for i in range(count.bit_length())), key=lambda c: (cover(c), -c))
     pieces = {"DIM": dim, "R": r, "PAIRS": power(max(1, 2 * r)), "REST": power(max(1, dim - 4 * r))}
-    warps = 4 if dim <= BLOCK else 8
+    warps = 2 if dim <= BLOCK else 8
     return {**pieces, "EPS": EPS, "ROWS": count // columns, "COLUMNS": columns, "num_warps": warps}
 
 
@@ -177,11 +177,12 @@ def programs(q: Tensor, shape: dict[str, int]) -> int:
 def forward(inputs, outputs, params) -> None:
     q, k, cosine_scale, *angles = inputs
     q, k = dense(q), dense(k)
-    shape = constants(q, angles[0].shape[-1])
+    cos, sin = turns(*angles)
+    shape = constants(q, cos.shape[-1])
     triton_launch.launch(
-        forward_kernel, programs(q, shape), *turns(*angles), cosine_scale.float().contiguous(), q, k, *outputs,
+        forward_kernel, programs(q, shape), cos, sin, cosine_scale.float().contiguous(), q, k, *outputs,
         *q.shape[1:4], *q.stride()[:4], *k.stride()[:4],
-        **shape, WIDE=triton_launch.wide_offsets(q, k, *outputs), moved=4 * outputs[0].nbytes,
+        **shape, WIDE=triton_launch.wide_offsets(cos, q, k, *outputs), moved=4 * outputs[0].nbytes,
     )  # fmt: skip
 
 
@@ -194,15 +195,16 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
         q_grad = None
     if dk is None:
         k_grad = None
-    shape = constants(q, angles[0].shape[-1])
+    cos, sin = turns(*angles)
+    shape = constants(q, cos.shape[-1])
     count = programs(q, shape)
     parts = None if dscale is None else q.new_empty((count // max(1, len(dscale)), len(dscale)), dtype=torch.float32)
     strides = [t.stride()[:4] if t is not None else (0,) * 4 for t in (q, k, q_grad, k_grad)]
     moved = (dq, dk, q_grad, k_grad, q if q_grad is not None else None, k if k_grad is not None else None)
     triton_launch.launch(
-        backward_kernel, count, *turns(*angles), cosine_scale.float().contiguous(), q, k, q_grad, k_grad, dq, dk, parts,
+        backward_kernel, count, cos, sin, cosine_scale.float().contiguous(), q, k, q_grad, k_grad, dq, dk, parts,
         *q.shape[1:4], *(s for four in strides for s in four),
-        **shape, WIDE=triton_launch.wide_offsets(q, k, q_grad, k_grad, dq, dk),
+        **shape, WIDE=triton_launch.wide_offsets(cos, q, k, q_grad, k_grad, dq, dk),
         moved=sum(t.nbytes for t in moved if t is not None),
     )  # fmt: skip
     if dscale is not None:

@@ -3,6 +3,8 @@
 `geglu` is the activation; `linear_geglu` the projection and the activation together.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,18 +32,32 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """`geglu(x @ weight.T + bias)`: x (…, d), weight (2n, d), bias (2n,) → (…, n). The first n rows make the value.
 
-    Autocast casts x, weight and bias as it does for `torch.nn.functional.linear`.
+    Autocast casts x, weight and bias as it does for `torch.nn.functional.linear`. On Triton, where nothing has to be
+    differentiated, one kernel does both and the (…, 2n) tensor between them is never made.
     """
     for name, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    if weight.ndim != 2 or weight.shape[0] % 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
+    if x.dtype not in op.DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64; got {x.dtype}")
+    if weight.ndim != 2 or weight.shape[0] % 2 or not len(weight) or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight must be (2n, {x.shape[-1] if x.ndim else 'd'}); got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},); got {tuple(bias.shape)}")
     others = {weight.dtype, *(() if bias is None else (bias.dtype,))} - {x.dtype}
-    if others and op.autocast_dtype(x.device.type) is None:
+    lowered = op.autocast_dtype(x.device.type)
+    if others and lowered is None:
         raise TypeError(f"weight and bias must have x's dtype {x.dtype}; got {others.pop()}")
+    inputs = x, weight, bias
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not differentiated and not op._transforms():
+        if lowered is not None:
+            inputs = tuple(t if t is None or t.dtype is torch.float64 else t.to(lowered) for t in inputs)
+        alike = len({t.dtype for t in inputs if t is not None}) == 1
+        if alike and GEGLU.choose(x.device.type, backend, inputs[:1]) == "triton":
+            return LINEAR_GEGLU(inputs, (), "triton")
     return geglu(F.linear(x, weight, bias), backend=backend)
 
 
@@ -106,4 +122,41 @@ GEGLU = op.Op(
     forward=forward,
     backward=backward,
     declines=lambda backend, x: extension.declines_float64(backend, x),
+)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return reference(F.linear(x, weight, bias))
+
+
+def linear_allocate(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+    return (x.new_empty((*x.shape[:-1], weight.shape[0] // 2)),)
+
+
+def linear_forward(backend: str, inputs, outputs, params) -> None:
+    from hdit_kernels import geglu_triton
+
+    geglu_triton.linear_forward(inputs, outputs, params)
+
+
+def linear_macs(x, weight, bias) -> tuple[int, int]:
+    products = math.prod(x) * weight[0]
+    return products, 2 * products
+
+
+# Where a gradient is needed, the projection is kept for it, and `linear_geglu` is F.linear and then GEGLU.
+LINEAR_GEGLU = op.Op(
+    name="linear_geglu",
+    inputs=("x", "weight", "bias?"),
+    params={},
+    outputs=("y",),
+    gradients=("x", "weight", "bias"),
+    batched=("x",),
+    reference=linear_reference,
+    allocate=linear_allocate,
+    macs=linear_macs,
+    kernels=("triton",),
+    forward=linear_forward,
+    backward=lambda backend, dys, inputs, saved, grads, params: LINEAR_GEGLU._vjp(dys, inputs, grads, params),
+    declines=lambda backend, x, weight, bias: extension.declines_float64(backend, x),
 )

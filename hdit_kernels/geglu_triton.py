@@ -5,6 +5,10 @@ The activation is bound by memory. A program takes a block of rows × columns of
 gate half; where widths and strides are multiples of 16, every thread moves 16 bytes at a time. Arithmetic is float32.
 """
 
+import math
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,19 +16,47 @@ from torch import Tensor
 from hdit_kernels import triton_launch
 from hdit_kernels.geglu import rows
 
-# Elements of a block for 4 warps: 16 a thread, two accesses of 16 bytes in a 16-bit dtype. Predicted from the
-# instructions of the compiled kernels, not measured on a GPU.
+# Elements of a block for 4 warps: 16 a thread, two accesses of 16 bytes in a 16-bit dtype; a small block has fewer.
+# Predicted from the instructions of the compiled kernels, not measured on a GPU.
 BLOCK = 2048
 COLUMNS = (1024, 512, 256, 128)
+
+
+class Tile(NamedTuple):
+    """What a program of the projection computes, and how."""
+
+    rows: int
+    columns: int  # of the output: each stands for two of the weight's rows
+    depth: int  # of a step of the sum
+    num_warps: int
+    num_stages: int
+    least: int = 0  # depth of the whole sum from where on it is worth its size
+
+
+# The largest first, by architecture and bytes of an element. Predicted (registers, shared memory, no spill), not
+# measured on a GPU: 128 × 64 leaves room for two programs on an H100's processor, so that one multiplies while the
+# other writes. sm_80's serve every other NVIDIA GPU too, and fit the 99 KB of the small ones.
+SMALL = Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 4)
+TILES = {
+    ("sm_90", 2): (Tile(128, 128, 64, 8, 3, least=512), Tile(128, 64, 64, 8, 3), *SMALL),
+    ("sm_90", 4): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3)),
+    ("sm_80", 2): (Tile(128, 128, 64, 8, 3, least=512), *SMALL),
+    ("sm_80", 4): (Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3)),
+    ("hip", 2): (Tile(128, 128, 32, 8, 2, least=512), Tile(64, 64, 64, 4, 2), Tile(64, 32, 64, 4, 2)),
+    ("hip", 4): (Tile(128, 64, 32, 8, 2), Tile(64, 32, 32, 4, 2)),
+    ("interpreter", 2): (Tile(16, 16, 16, 1, 1),),
+    ("interpreter", 4): (Tile(16, 16, 16, 1, 1),),
+}
+GROUP = 8  # blocks of rows that go through the weight together
 
 
 @triton.jit
 def distribution(gate):
     """Φ(gate) of the standard normal distribution, the ½·(1 + erf(gate/√2)) of GELU.
 
-    Φ(−t) = 2^−q(t) for t ≥ 0, where q is a polynomial fitted by weighted minimax on [0, 5.5] and growing beyond. Off by
-    5e-8 at most, where PyTorch's float32 gelu is off by 1e-6, in half the instructions of erff: with those the forward
-    kernel would be bound by them and not by memory.
+    Φ(−t) = 2^−q(t) for t ≥ 0, where q is a polynomial of degree 8: the weighted minimax fit on [0, 5.5] of those that
+    keep growing beyond. gelu is off by 5e-8 and the rounding of exp2, where PyTorch's in float32 is off by 1e-6, in
+    half the instructions of erff, with which the forward kernel would be bound by arithmetic and not by memory.
     """
     t = tl.abs(gate)
     q = 1.745023155308445e-06
@@ -121,10 +153,10 @@ def linear_kernel(
 
 def tile(count: int, n: int) -> dict[str, int]:
     """The block of a (count, n) matrix that leaves the fewest lanes idle."""
-    columns = (
-        triton.next_power_of_2(n) if n <= min(COLUMNS) else min(COLUMNS, key=lambda c: (triton.cdiv(n, c) * c, -c))
-    )
-    return {"ROWS": min(BLOCK // columns, triton.next_power_of_2(max(1, count))), "COLUMNS": columns}
+    columns = min(COLUMNS, key=lambda c: (triton.cdiv(n, c) * c, -c))
+    columns = min(columns, triton.next_power_of_2(n))
+    height = min(BLOCK // columns, triton.next_power_of_2(max(1, count)))
+    return {"ROWS": height, "COLUMNS": columns, "num_warps": max(1, 4 * height * columns // BLOCK)}
 
 
 def run(kernel, tensors: tuple[Tensor, ...], count: int, n: int, strides: tuple[int, ...], moved: int) -> None:
@@ -142,3 +174,31 @@ def forward(inputs, outputs, params) -> None:
 def backward(grad_outputs, inputs, saved, grads, params) -> None:
     x, dy, dx = rows(inputs[0]), rows(grad_outputs[0]), grads[0]
     run(backward_kernel, (x, dy, dx), *dy.shape, (x.stride(0), dy.stride(0)), 5 * dy.nbytes)
+
+
+def projection_tile(count: int, n: int, depth: int, x: Tensor) -> Tile:
+    """The largest tile that leaves every processor a program; else the smallest."""
+    backend, arch, processors = triton_launch.target(x)
+    family = {"cuda": "sm_90" if arch in ("90", "100", "103") else "sm_80"}.get(backend, backend)
+    tiles = [t for t in TILES[family, x.itemsize] if depth >= t.least]
+    enough = (t for t in tiles if triton.cdiv(count, t.rows) * triton.cdiv(n, t.columns) >= processors)
+    return next(enough, tiles[-1])
+
+
+def linear_forward(inputs, outputs, params) -> None:
+    """The projection and the gate at once. float32 keeps its digits: three TF32 products where there are TF32 units."""
+    x, weight, bias = inputs
+    y, (width, depth) = outputs[0], weight.shape
+    n, count = width // 2, math.prod(x.shape[:-1])
+    x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.reshape(count, depth), weight))
+    tile = projection_tile(count, n, depth, x)
+    nvidia = triton_launch.target(x).backend == "cuda"
+    triton_launch.launch(
+        linear_kernel, triton.cdiv(count, tile.rows) * triton.cdiv(n, tile.columns),
+        x, weight, None if bias is None else bias.contiguous(), y, count, n, depth, x.stride(0), weight.stride(0),
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, EVEN=depth % tile.depth == 0,
+        PRECISION="tf32x3" if nvidia and x.dtype is torch.float32 else "ieee",
+        UPCAST=triton_launch.INTERPRETED, WIDE=triton_launch.wide_offsets(x, weight, y),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        trips=(triton.cdiv(depth, tile.depth),), moved=x.nbytes + weight.nbytes + y.nbytes,
+    )  # fmt: skip

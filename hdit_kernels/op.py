@@ -473,9 +473,9 @@ def _warn_once(name: str, backend: str, reason: str) -> None:
 def find(op) -> Op:
     """The op of a name, or of a public function."""
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    name = {"linear_geglu": "geglu"}.get(name, name)  # a projection, then geglu
+    name = {"linear_geglu": "geglu"}.get(name, name)  # whose backends it has: at least it is a projection, then geglu
     if name not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, linear_geglu; got {op!r}")
+        raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
     return OPS[name]
 
 
@@ -490,7 +490,8 @@ def explain(op, *tensors: Tensor) -> str:
     if not tensors:
         raise ValueError(f"explain needs the tensors of a call of {op.name}: {', '.join(op.names)}; got none")
     device = tensors[0].device.type
-    arguments = (*tensors, *(None,) * (len(op.inputs) - len(tensors)), *(None,) * len(op.params))
+    given = tensors[: len(op.inputs)]  # what follows is the weight of linear_geglu
+    arguments = (*given, *(None,) * (len(op.inputs) - len(given)), *(None,) * len(op.params))
     reasons = op.reasons(device, arguments)
     row = BACKENDS.get(device, ("reference",))
     taker = next(b for b in row if reasons[b] is None)

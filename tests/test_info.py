@@ -16,6 +16,13 @@ from hdit_kernels import op as machinery
 PACKAGE = Path(hdit_kernels.__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def without_the_interpreter(monkeypatch):
+    """As on a user's machine: with it every Triton kernel would count as present, and be compared, slowly."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(machinery, "_present_cache", {})
+
+
 def python(code: str, path: Path | None = None) -> subprocess.CompletedProcess:
     before = ""
     if path:  # and no editable install, which finds what that path lacks in the source tree

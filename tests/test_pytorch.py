@@ -427,7 +427,9 @@ def test_backend_argument_and_use_take_exactly_that(stand_in):
     assert stand_in.calls == ["geglu"] * 3
 
 
-def test_a_missing_backend_is_refused_with_every_reason():
+def test_a_missing_backend_is_refused_with_every_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(machinery, "_present_cache", {})
     x = torch.randn(3, 8)
     with pytest.raises(
         hdit_kernels.BackendError, match=r"(?s)'triton' is not present.*cpu:.*triton:.*cuda:.*reference:"
