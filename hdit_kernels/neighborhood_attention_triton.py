@@ -1,21 +1,25 @@
 """Neighborhood attention in Triton: what both passes share, and the forward pass. The backward pass has its own page.
 
-Two kernels. Both hold a tile of queries against blocks of keys, `step` rows × `keys` columns, and multiply on tensor cores;
-keys of a block that a query does not see are masked.
+Two kernels. Both hold a tile of queries against blocks of keys, `step` rows × `keys` columns, and multiply on tensor
+cores; keys of a block that a query does not see are masked.
 
-* `forward_strips` (stride 1, dilation 1, not causal): a program owns a strip of columns and marches down it, a tile of rows
-  at a time. Two tiles of queries are open, the one that begins at this row and the one above, which still needs the first
-  window − 1 rows; so every key is fetched, normalised and rotated once per strip. It has no borders: a softmax does not
-  care about the order of its keys, and a window shifted inward at a border holds the same keys as one that runs over it,
-  if row −1 is taken to be row window − 1, and row H to be row H − window.
-* `forward_tiles`, for everything else: a program owns one tile of queries and walks over all keys that any of them sees.
-  With dilation d, every d-th token makes a grid of its own, a class, and a tile lies within a class.
+* `forward_strips` (stride 1, dilation 1, not causal): a program owns a strip of columns and marches down it, a tile of
+  rows at a time. Two tiles of queries are open, the one that begins at this row and the one above, which still needs
+  the first window − 1 rows; so every key is fetched, normalised and rotated once per strip. It has no borders: a
+  softmax does not care about the order of its keys, and a window shifted inward at a border holds the same keys as one
+  that runs over it, if row −1 is taken to be row window − 1, and row H to be row H − window.
+* `forward_tiles`, for everything else: a program owns one tile of queries and walks over all keys that any of them
+  sees. With dilation d, every d-th token makes a grid of its own, a class, and a tile lies within a class.
 
-A head is held in four pieces of equal width, [tokens, 4 · piece]: the first features of the pairs that turn together, their
-second features, and the rest in two. A product over features does not care about their order either.
+A head is held in four pieces of equal width, [tokens, 4 · piece]: the first features of the pairs that turn together,
+their second features, and the rest in two. A product over features does not care about their order either.
 
-With cosine_scale no logit exceeds |scale · cosine_scale|: unless a head is steep, no running maximum is needed. (float16
-always keeps one: its weights would underflow. bfloat16 has its unit queries and keys in float16, which is 8 times finer.)
+With cosine_scale no logit exceeds |scale · cosine_scale|: unless a head is steep, no running maximum is needed.
+(float16 always keeps one: its weights would underflow. bfloat16 has its unit queries and keys in float16, which is 8
+times finer; float16 has them as sums of two.) A NaN or an infinity in k or v may reach queries that share a block with
+those that see it: a matrix unit multiplies what is masked by zero.
+
+Without a GPU these kernels have been run in Triton's interpreter and compiled; not yet run on a GPU.
 """
 
 from typing import Any, NamedTuple
@@ -110,7 +114,7 @@ def read(x, feature, shown, LIMIT: tl.constexpr, MASKED: tl.constexpr):
     """Features of which LIMIT exist; zeros for the others and, if MASKED, for tokens that are not shown."""
     if MASKED:
         return tl.load(x, mask=shown[:, None] & (feature < LIMIT)[None, :], other=0.0)
-    elif LIMIT < feature.shape[0]:
+    elif feature.shape[0] > LIMIT:
         return tl.load(x, mask=(feature < LIMIT)[None, :], other=0.0)
     else:
         return tl.load(x)
@@ -270,8 +274,8 @@ def products(a, a_low, b, b_low, S: tl.constexpr):
 
 @triton.jit
 def unless(seen):
-    """What to add to logits: −inf where a key is not seen. (One addition each for rows and for columns costs less than a
-    selection by both.)"""
+    """What to add to logits: −inf where a key is not seen. (One addition each for rows and for columns costs less than
+    a selection by both.)"""
     return tl.where(seen, 0.0, -float("inf"))
 
 
@@ -340,7 +344,7 @@ def march(
     q, k, v, out, lse, cos, sin, key_mask, factor, height, width, batch, head, heads, x0, begin, end,
     S: tl.constexpr, RUNNING: tl.constexpr,
 ):  # fmt: skip
-    """Tiles begin … end − 1 of a strip. Each block of keys serves the tile that begins at its row and the tile above."""
+    """Tiles begin … end − 1 of a strip. A block of keys serves the tile that begins at its row, and the tile above."""
     BOTH: tl.constexpr = (S.rows - 1 + S.step - 1) // S.step  # so many of its blocks are seen by the tile above
     START: tl.constexpr = LOWEST if RUNNING else 0.0
     M: tl.constexpr = S.ty * S.tx
@@ -604,7 +608,8 @@ class Call:
         return Shape(
             *self.window, *self.stride, *self.dilation, *self.causal, self.dim, self.v_dim, self.r,
             piece, 4 * piece if self.r else piece, power_of_2(max(16, self.v_dim)), ty, tx, step, keys,
-            cosine, self.key_mask is not None, not cosine or dtype is torch.float16, alone, split, dtype is torch.float32, wide, TYPES[held],
+            cosine, self.key_mask is not None, not cosine or dtype is torch.float16, alone, split, dtype is torch.float32,
+            wide, TYPES[held],
             self.target.backend == "interpreter", "tf32x3" if self.target.backend == "cuda" else "ieee",
         )  # fmt: skip
 

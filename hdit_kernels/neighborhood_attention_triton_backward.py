@@ -2,8 +2,8 @@
 
 1. Over queries: dq, `delta` = Σ dout·out − dlse of each query (what the softmax's gradient subtracts), and the parts of
    cosine_scale's gradient. `queries_strips` marches as `forward_strips` does; `queries_tiles` serves everything else.
-2. Over keys: dk and dv. The queries that see a key are a contiguous range of rows and of columns (longer at a border), so
-   `keys_tiles` walks over the range of its tile. `extras` does so over all queries, for the additional tokens.
+2. Over keys: dk and dv. The queries that see a key are a contiguous range of rows and of columns (longer at a border),
+   so `keys_tiles` walks over the range of its tile. `extras_segments` walks over all queries, for additional tokens.
 
 Both compute the softmax again from lse, and end with the gradients of the rotation and of the normalisation.
 """
@@ -15,27 +15,27 @@ import triton.language as tl
 from hdit_kernels import triton_launch
 from hdit_kernels.cosine_rope import dense
 from hdit_kernels.neighborhood_attention_triton import (
+    EPS,
     LOG2E,
     Call,
     angles_at,
     block_of_keys,
     class_size,
+    columns_of_strip,
     dot,
     extra_tokens,
     heads_at,
     in_window,
     offset,
+    pieces,
     prepared_parts,
     products,
     read,
-    EPS,
-    pieces,
     rows_of_strip,
-    columns_of_strip,
-    unless,
     strip_of_program,
     tile_of_program,
     tokens,
+    unless,
     windows_of_tile,
     wrapped,
 )
@@ -59,8 +59,8 @@ def write_gradient(
 ):  # fmt: skip
     """Gradient of the heads at x from that of the prepared ones over `factor`; returns ⟨unit head, gradient⟩: [tokens].
 
-    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩). x is read again: registers are scarcer here than reads. What is
-    inside and not shown is not read, and gets zeros."""
+    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩). x is read again: registers are scarcer than reads. What is inside
+    and not shown is not read, and gets zeros."""
     N: tl.constexpr = gradient.shape[0]
     PIECE: tl.constexpr = S.piece
     feature = tl.arange(0, PIECE)
@@ -101,7 +101,7 @@ def write_gradient(
 
 @triton.jit
 def outputs_of(out, dout, lse, dlse, row, column, place, batch, head, S: tl.constexpr):
-    """dout, `level`, `delta` and dlse of queries. level: what to take from logits to base 2, so that exp2 gives weights."""
+    """dout, `level`, `delta` and dlse of queries. level: what to take from logits to base 2 for exp2 to give weights."""
     feature = tl.arange(0, S.v_width)
     given = heads_at(dout, row, column, batch, head, S)[:, None] + feature[None, :]
     given = read(given, feature, row, S.v_dim, False)
@@ -197,19 +197,9 @@ def queries_strips(
             row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
             column_bias = columns_of_strip(in_columns, shown, S)
             logits, weights, dlogits = softmax_gradient(
-                q_above,
-                q_above,
-                dout_above,
-                level_above,
-                delta_above,
-                keys,
-                low,
-                values,
-                row_bias_above,
-                column_bias,
-                factor * LOG2E,
-                S,
-            )
+                q_above, q_above, dout_above, level_above, delta_above, keys, low, values, row_bias_above, column_bias,
+                factor * LOG2E, S,
+            )  # fmt: skip
             sums_above = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums_above, S)
             logits, weights, dlogits = softmax_gradient(
                 here, here, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
@@ -246,8 +236,8 @@ def queries_tiles(
 ):  # fmt: skip
     """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program.
 
-    The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a softmax is
-    steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
+    The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a softmax
+    is steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
     M: tl.constexpr = S.ty * S.tx
     N: tl.constexpr = S.step * S.keys
     WIDTH: tl.constexpr = S.width
@@ -332,7 +322,8 @@ def queries_tiles(
         tl.store(levels + place, level, inside)
         tl.store(deltas + place, delta + slip, inside)
         along = write_gradient(
-            heads_at(q, y, x, batch, head, S), heads_at(dq, y, x, batch, head, S), sums, cos, sin, y, x, height, head, heads, factor, inside, inside, S, True,
+            heads_at(q, y, x, batch, head, S), heads_at(dq, y, x, batch, head, S), sums,
+            cos, sin, y, x, height, head, heads, factor, inside, inside, S, True,
         )  # fmt: skip
         part += tl.sum(tl.where(inside, along - slip * mean, 0.0), 0) * scale
     tl.store(parts + tl.program_id(0), part)
@@ -548,7 +539,8 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     if dk is not None or dv is not None:
         ty, tx, step, keys = call.tile()
         triton_launch.launch(
-            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), levels, deltas, unit, tokens(dk), tokens(dv), *tables, *grid,
+            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), levels, deltas, unit, tokens(dk), tokens(dv),
+            *tables, *grid,
             S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=call.trips(ty, tx, step, keys)[-2:],
             moved=moved[1],
         )  # fmt: skip
@@ -566,8 +558,8 @@ def backward_of_extras(call, q, extra_k, extra_v, dout, levels, deltas, unit, de
     segments = -(-blocks // per_segment)
     sums = [None if g is None else levels.new_empty((call.batch, segments, *g.shape[1:])) for g in (dextra_k, dextra_v)]
     triton_launch.launch(
-        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, levels, deltas, unit,
-        *(tokens(t) for t in sums), call.cosine_scale, call.cos, call.sin, call.scale, call.height, call.width,
+        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, levels, deltas,
+        unit, *(tokens(t) for t in sums), call.cosine_scale, call.cos, call.sin, call.scale, call.height, call.width,
         call.heads, call.extras, per_segment, segments, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
         trips=(per_segment,),
     )  # fmt: skip
