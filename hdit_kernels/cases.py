@@ -320,9 +320,10 @@ def compare(case: Case, dtype, device="cpu", backend=None, seed: int = 0) -> dic
     a shape or a dtype is not the reference's.
 
     The GPU's backward passes of attention take ⟨dout, out⟩ of each query from the `out` that was stored, rounded to its
-    dtype (as FlashAttention's do, arXiv 2205.14135, algorithm 4), after sums of weights so rounded. That subtracts the rounding error of this number from
-    the gradient of each of the query's logits, just as if lse had that much less gradient: so much is allowed too, the
-    most that it makes in eight draws of the errors' signs (of √2 the size, for there are two roundings).
+    dtype (as FlashAttention's do, arXiv 2205.14135, algorithm 4), after sums of weights so rounded. That subtracts the
+    rounding error of this number from the gradient of each of the query's logits, just as if lse had that much less
+    gradient: so much is allowed too, the most that it makes in eight draws of the errors' signs (of √2 the size, for
+    there are two roundings).
     """
     exact = run(case, dtype, exact=True, seed=seed)
     rounded = run(case, dtype, plain=True, seed=seed)

@@ -8,16 +8,12 @@
 Both compute the softmax again from lse, and end with the gradients of the rotation and of the normalisation.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from hdit_kernels import triton_launch
-from hdit_kernels.cosine_rope import dense
-from hdit_kernels.neighborhood_attention_triton import (
+from hdit_kernels.neighborhood_attention_triton_forward import (
     EPS,
     LOG2E,
-    Call,
     angles_at,
     block_of_keys,
     class_size,
@@ -34,7 +30,6 @@ from hdit_kernels.neighborhood_attention_triton import (
     rows_of_strip,
     strip_of_program,
     tile_of_program,
-    tokens,
     unless,
     windows_of_tile,
     wrapped,
@@ -59,7 +54,7 @@ def write_gradient(
 ):  # fmt: skip
     """Gradient of the heads at x from that of the prepared ones over `factor`; returns ⟨unit head, gradient⟩: [tokens].
 
-    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩). x is read again: registers are scarcer than reads. What is inside
+    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩). x is read again: registers are scarcer. What is inside
     and not shown is not read, and gets zeros."""
     N: tl.constexpr = gradient.shape[0]
     PIECE: tl.constexpr = S.piece
@@ -101,7 +96,7 @@ def write_gradient(
 
 @triton.jit
 def outputs_of(out, dout, lse, dlse, row, column, place, batch, head, S: tl.constexpr):
-    """dout, `level`, `delta` and dlse of queries. level: what to take from logits to base 2 for exp2 to give weights."""
+    """dout, `level`, `delta` and dlse of queries. level: what logits to base 2 lose for exp2 to give weights."""
     feature = tl.arange(0, S.v_width)
     given = heads_at(dout, row, column, batch, head, S)[:, None] + feature[None, :]
     given = read(given, feature, row, S.v_dim, False)
@@ -236,8 +231,8 @@ def queries_tiles(
 ):  # fmt: skip
     """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program.
 
-    The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a softmax
-    is steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
+    The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a
+    softmax is steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
     M: tl.constexpr = S.ty * S.tx
     N: tl.constexpr = S.step * S.keys
     WIDTH: tl.constexpr = S.width
@@ -489,80 +484,3 @@ def extras_segments(
         from_ = heads_at(extra_k, token, token, batch, head, S)
         to = heads_at(dk, token * 0 + segment, token, batch, head, S)
         write_gradient(from_, to, dkeys, cos, sin, token, token, 0, head, heads, factor, inside, inside, S, False)
-
-
-# ---- launching ------------------------------------------------------------------------------------------------------
-
-
-def backward(grad_outputs, inputs, saved, grads, params) -> None:
-    call = Call(inputs, params)
-    (out, lse), (dout, dlse), (dq, dk, dv, dcosine_scale, dextra_k, dextra_v) = saved, grad_outputs, grads
-    dout = torch.zeros_like(out) if dout is None else dense(dout)
-    dlse = None if dlse is None else dlse.contiguous()
-    levels, deltas = torch.empty_like(lse), torch.empty_like(lse)
-    unit = torch.empty_like(lse) if call.q.dtype is torch.float32 else None
-    wide = triton_launch.wide_offsets(call.q, call.k, call.v, out, dout, dq, dk, dv)
-    grid = call.height, call.width, call.heads
-    tables = call.cosine_scale, call.cos, call.sin, call.key_mask, call.scale
-    q, k, v, extra_k, extra_v = (tokens(t) for t in (call.q, call.k, call.v, call.extra_k, call.extra_v))
-    dq = torch.empty_like(call.q) if dq is None else dq  # delta has to be computed all the same
-    results = tokens(out), tokens(dout), lse, dlse, levels, deltas
-    size = call.q.element_size()
-    heads = call.batch * call.height * call.width * call.heads
-    moved = heads * (3 * (call.dim + call.v_dim) * size + 8), heads * (3 * (call.dim + call.v_dim) * size + 8)
-
-    if call.strips():
-        ty, tx, step, keys = call.strip_tile("queries")
-        tiles, segments = call.segments(ty, tx)
-        programs = -(-call.width // tx) * segments * call.heads * call.batch
-        parts = lse.new_empty(programs)  # of cosine_scale's gradient
-        both = -(-(call.window[0] - 1) // step)
-        triton_launch.launch(
-            queries_strips, programs, q, k, v, *results, tokens(dq), parts, *tables, *grid, tiles, segments,
-            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=(tiles + 1, both, ty // step - both),
-            moved=moved[0],
-        )  # fmt: skip
-    else:
-        ty, tx, step, keys = call.tile()
-        programs = call.programs(ty, tx)
-        parts = lse.new_empty(programs)  # of cosine_scale's gradient
-        triton_launch.launch(
-            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, unit, tokens(dq), parts, *tables, *grid,
-            call.extras, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
-            trips=call.trips(ty, tx, step, keys), moved=moved[0],
-        )  # fmt: skip
-    if dcosine_scale is not None:
-        if call.batch * call.height * call.width == 0:
-            dcosine_scale.zero_()
-        else:
-            dcosine_scale.copy_(parts.view(call.batch, call.heads, -1).double().sum((0, 2)))
-    if dk is not None or dv is not None:
-        ty, tx, step, keys = call.tile()
-        triton_launch.launch(
-            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), levels, deltas, unit, tokens(dk), tokens(dv),
-            *tables, *grid,
-            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=call.trips(ty, tx, step, keys)[-2:],
-            moved=moved[1],
-        )  # fmt: skip
-    if call.extras and (dextra_k is not None or dextra_v is not None):
-        backward_of_extras(call, q, extra_k, extra_v, tokens(dout), levels, deltas, unit, dextra_k, dextra_v, wide)
-
-
-def backward_of_extras(call, q, extra_k, extra_v, dout, levels, deltas, unit, dextra_k, dextra_v, wide) -> None:
-    """The additional tokens' gradients: sums over segments of the queries, added up in a fixed order."""
-    ty, tx, step, keys = call.tile()
-    blocks = -(-call.height * call.width // (step * keys))
-    tokens_across = -(-call.extras // (ty * tx))
-    wanted = -(-4 * call.target.processors // max(1, tokens_across * call.heads * call.batch))
-    per_segment = -(-blocks // max(1, min(wanted, blocks)))
-    segments = -(-blocks // per_segment)
-    sums = [None if g is None else levels.new_empty((call.batch, segments, *g.shape[1:])) for g in (dextra_k, dextra_v)]
-    triton_launch.launch(
-        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, levels, deltas,
-        unit, *(tokens(t) for t in sums), call.cosine_scale, call.cos, call.sin, call.scale, call.height, call.width,
-        call.heads, call.extras, per_segment, segments, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
-        trips=(per_segment,),
-    )  # fmt: skip
-    for gradient, parts in zip((dextra_k, dextra_v), sums, strict=True):
-        if gradient is not None:
-            gradient.copy_(parts.sum(1))
