@@ -236,6 +236,11 @@ def facts(folder: Path) -> dict:
     unsaid = triton_check.Complaints()
     triton_check.predict(launch, needs, "kernel", "case", unsaid)
     found["unsaid"] = unsaid.sentences()
+    fallback = noted(multiplied, half, x, 9, TIMES=3, IDLE=0, SIZE=64, trips=(0, 3))
+    idle = noted(multiplied, half, x, 9, TIMES=3, IDLE=0, SIZE=64, trips=(0, 0))
+    unsaid = triton_check.Complaints()
+    found["idle"] = [triton_check.predict(one, needs, "kernel", "case", unsaid) for one in (fallback, idle)]
+    found["not idle"] = unsaid.sentences()
     needs, _ = judged(noted(multiplied, half, x, 9, TIMES=3, IDLE=0, SIZE=64, num_warps=2))
     counts = needs.profile.per_warp((9, 3))
     found["two warps"] = 2 * counts["macs"], 2 * counts["tensor"]
@@ -363,6 +368,9 @@ def test_loops_that_triton_unfolds_may_be_named(found):
     trips, moved = found["unsaid"]
     assert trips == "kernel of case must be launched with trips= of its loops, (?, 3); got ()"
     assert moved == "kernel of case must be launched with moved= > 0, the bytes that it moves; got 0"
+    assert found["not idle"] == [moved]
+    unknown, nothing = found["idle"]
+    assert unknown == {} and nothing["predicted_us"] == 0
 
 
 def test_spills_are_seen(found):
