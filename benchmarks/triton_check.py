@@ -256,16 +256,20 @@ def tensors(arguments) -> list[torch.Tensor]:
 
 
 def predict(launch: triton_launch.Launch, needs: Compiled, who: str, where: str, complaints: Complaints) -> dict:
-    """The prediction's columns for one launch, and `macs`, the multiply-adds that it computes."""
+    """The prediction's columns for one launch, and `macs`, the multiply-adds that it computes.
+
+    One that moves nothing and whose loops never run is a fallback, whose programs return at once: it takes no time.
+    """
     times = needs.profile.trips(launch.trips)
     if times is None:
         loops = ", ".join("?" if n is None else f"{n}" for n in needs.profile.loops)
         complaints.add(who, where, f"must be launched with trips= of its loops, ({loops}); got {launch.trips}")
-    if launch.moved <= 0:
+    idle = launch.moved == 0 and bool(launch.trips) and not any(launch.trips)
+    if launch.moved <= 0 and not idle:
         complaints.add(who, where, f"must be launched with moved= > 0, the bytes that it moves; got {launch.moved}")
-    if times is None or launch.moved <= 0:
+    if times is None or (launch.moved <= 0 and not idle):
         return {}
-    counts = needs.profile.per_warp(times)
+    counts = Counter() if idle else needs.profile.per_warp(times)
     warps = launch.options["num_warps"]
     sizes = [t.numel() * t.itemsize for t in tensors(launch.arguments)]
     pipes = sass.microseconds(counts, warps, launch.programs, launch.moved, sizes)

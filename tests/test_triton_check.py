@@ -236,6 +236,11 @@ def facts(folder: Path) -> dict:
     unsaid = triton_check.Complaints()
     triton_check.predict(launch, needs, "kernel", "case", unsaid)
     found["unsaid"] = unsaid.sentences()
+    fallback = noted(multiplied, half, x, 9, TIMES=3, IDLE=0, SIZE=64, trips=(0, 3))
+    idle = noted(multiplied, half, x, 9, TIMES=3, IDLE=0, SIZE=64, trips=(0, 0))
+    unsaid = triton_check.Complaints()
+    found["idle"] = [triton_check.predict(one, needs, "kernel", "case", unsaid) for one in (fallback, idle)]
+    found["not idle"] = unsaid.sentences()
     needs, _ = judged(noted(multiplied, half, x, 9, TIMES=3, IDLE=0, SIZE=64, num_warps=2))
     counts = needs.profile.per_warp((9, 3))
     found["two warps"] = 2 * counts["macs"], 2 * counts["tensor"]
@@ -286,13 +291,19 @@ def facts(folder: Path) -> dict:
     found["only"] = ran("--only", "no such case")[1]
     with mock.patch.object(triton_launch, "INTERPRETED", True):
         found["interpreter"] = ran()[1]
-    found["geglu"] = ran("--only", "geglu[256x", "--arch", "sm_90a", "--results", str(folder))
+    found["geglu"] = ran("--only", "geglu[256x4608", "--arch", "sm_90a", "--results", str(folder))
     with mock.patch("hdit_kernels.geglu_triton.forward", side_effect=RuntimeError("it reads")):
         found["no launcher"] = ran("--only", "geglu[1x", "--arch", "sm_90a")[1]
     real = triton_launch.launch
     with mock.patch.object(triton_launch, "launch", lambda *a, **k: real(*a, **{**k, "moved": 1})):
         found["too fast"] = ran("--only", "geglu[256x4608", "--arch", "sm_90a")[1]
     gpu_sized = triton_check.gpu_cases()
+    linear = next(case for case in gpu_sized if case.op == "linear_geglu")
+    row = dict.fromkeys((*triton_check.US, "predicted_us", "macs"), 1.0)
+    found["linear"] = [
+        ([str(job) for _, job in one.launches], [list(triton_check.summed(one, [{**row, "dots": n}])) for n in (0, 1)])
+        for one in triton_check.passes(linear, "bfloat16", "sm_90a")
+    ]
     found["gpu"] = (
         triton_check.FLAGSHIP in map(str, gpu_sized),
         [max(c.tensors[0] for c in gpu_sized if c.op == op) for op in ("geglu", "ada_rms_norm")],
@@ -363,6 +374,9 @@ def test_loops_that_triton_unfolds_may_be_named(found):
     trips, moved = found["unsaid"]
     assert trips == "kernel of case must be launched with trips= of its loops, (?, 3); got ()"
     assert moved == "kernel of case must be launched with moved= > 0, the bytes that it moves; got 0"
+    assert found["not idle"] == [moved]
+    unknown, nothing = found["idle"]
+    assert unknown == {} and nothing["predicted_us"] == 0
 
 
 def test_spills_are_seen(found):
@@ -442,8 +456,14 @@ def test_every_launch_and_pass_is_a_row(found, folder):
     assert float(forward["floor_us"]) == pytest.approx(256 * 2304 * 3 * 2 / 4.3e12 * 1e6, abs=1e-3)
     assert 1 <= float(forward["times_floor"]) < 2 and forward["products"] == ""
     assert float(both["predicted_us"]) == pytest.approx(sum(float(geglu[i]["predicted_us"]) for i in (1, 3)), abs=2e-3)
-    product = [row for row in rows if row["case"].startswith("linear_geglu") and row["kernel"] == "all"]
-    assert product and all((row["floor_us"] == "") == (row["products"] == "") for row in product)
+
+
+def test_a_pass_whose_products_are_not_ours_has_no_floor(found):
+    forward, backward = found["linear"]
+    assert forward[0] == ["geglu.linear_kernel"] and backward[0] == ["geglu.backward_kernel"]
+    for _, (without, with_products) in found["linear"]:
+        assert "floor_us" not in without and "times_floor" not in without
+        assert {"floor_us", "times_floor", "products"} <= set(with_products)
 
 
 def test_a_prediction_below_the_floor_is_none(found):
