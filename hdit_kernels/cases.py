@@ -302,7 +302,8 @@ def run(
         given = cotangents(outputs)
         grads = vjp(given)
         if stored:
-            off = 2**0.5 * ((outputs[0].to(dtype).double() - outputs[0]) * given[0]).sum(-1)
+            off = ((outputs[0].to(dtype).double() - outputs[0]) * given[0]).sum(-1)
+            off = (2 * off.square() + (torch.finfo(dtype).eps * given[1]).square()).sqrt()
             off = off.masked_fill(outputs[1].isinf(), 0.0)
             signs = torch.randn(8, *off.shape, generator=torch.Generator().manual_seed(seed)).sign()
             draws = [vjp((given[0], given[1] + sign * off)) for sign in signs]
@@ -322,8 +323,8 @@ def compare(case: Case, dtype, device="cpu", backend=None, seed: int = 0) -> dic
     The GPU's backward passes of attention take ⟨dout, out⟩ of each query from the `out` that was stored, rounded to its
     dtype (as FlashAttention's do, arXiv 2205.14135, algorithm 4), after sums of weights so rounded. That subtracts the
     rounding error of this number from the gradient of each of the query's logits, just as if lse had that much less
-    gradient: so much is allowed too, the most that it makes in eight draws of the errors' signs (of √2 the size, for
-    there are two roundings).
+    gradient, which is itself rounded before products: so much is allowed too, the most that it makes in eight draws of
+    the errors' signs.
     """
     exact = run(case, dtype, exact=True, seed=seed)
     rounded = run(case, dtype, plain=True, seed=seed)

@@ -97,19 +97,19 @@ class Call:
         self.key_mask = None if key_mask is None else key_mask.contiguous()
         self.r = 0 if height_angles is None else height_angles.shape[-1]
         self.target = triton_launch.target(q)
+        self.split = cosine_scale is not None and q.dtype is torch.float16  # unit heads, which may be steep
         self.plain = self.stride == (1, 1) == self.dilation and not any(self.causal) and not self.extras
 
     def shape(self, ty: int, tx: int, step: int, keys: int, wide: bool) -> Shape:
         dtype, cosine = self.q.dtype, self.cosine_scale is not None
         rest = self.dim - 4 * self.r
         piece = power_of_2(max(16, 2 * self.r, (rest + 1) // 2) if self.r else max(16, self.dim))
-        split = cosine and dtype is torch.float16  # unit queries, of a head that may be steep
         held = torch.float16 if cosine and dtype is torch.bfloat16 else dtype
         alone = self.window == (1, 1) and not self.extras
         return Shape(
             *self.window, *self.stride, *self.dilation, *self.causal, self.dim, self.v_dim, self.r,
             piece, 4 * piece if self.r else piece, power_of_2(max(16, self.v_dim)), ty, tx, step, keys,
-            cosine, self.key_mask is not None, not cosine or dtype is torch.float16, alone, split,
+            cosine, self.key_mask is not None, not cosine or dtype is torch.float16, alone, self.split,
             dtype is torch.float32, wide, TYPES[held],
             self.target.backend == "interpreter", "tf32x3" if self.target.backend == "cuda" else "ieee",
         )  # fmt: skip
@@ -117,18 +117,20 @@ class Call:
     def strips(self) -> bool:
         """Whether the march down strips takes this call: what it holds must fit into registers."""
         small = max(self.dim, self.v_dim) <= 64 and self.q.dtype is not torch.float32
-        split = self.cosine_scale is not None and self.q.dtype is torch.float16
-        return self.plain and small and not split and max(self.window) <= 9
+        return self.plain and small and not self.split and max(self.window) <= 9
 
-    def tile(self) -> tuple[int, int, int, int]:
-        """ty, tx, step, keys for a kernel that holds one tile: fewer queries the longer the heads are."""
-        longest = max(self.dim, self.v_dim) * (2 if self.q.dtype is torch.float32 else 1)
-        queries = 64 if longest <= 128 else 32 if longest <= 256 else 16
+    def tile(self, kernel: str) -> tuple[int, int, int, int]:
+        """ty, tx, step, keys for a kernel that holds one tile, "forward", "queries" or "keys": as many tokens as fit
+        into registers (compiled for sm_80 and sm_90a; no size has been measured on a GPU yet)."""
+        single = self.q.dtype is torch.float32
+        longest = max(self.dim, self.v_dim) * (4 if single else 1)
+        held = 64 if longest <= 128 else 32 if longest <= 256 and not (single and kernel == "queries") else 16
+        block = 32 if longest <= 256 and not self.split else 16
         rows, columns = (-(-n // d) for n, d in zip((self.height, self.width), self.dilation, strict=True))
-        ty = min(8 if queries == 64 else 4, power_of_2(rows))
-        tx = queries // ty
-        keys = min(32, power_of_2(min(tx + self.window[1] - 1, columns)))
-        return ty, tx, max(1, (32 if longest <= 256 else 16) // keys), max(keys, 16 if longest > 256 else 1)
+        ty = min(8 if held == 64 else 4, power_of_2(rows))
+        tx = held // ty
+        keys = min(block, power_of_2(min(tx + self.window[1] - 1, columns)))
+        return ty, tx, block // keys, keys
 
     def strip_tile(self, kernel: str) -> tuple[int, int, int, int]:
         """ty, tx, step, keys for "forward" or "queries" (of the backward pass)."""
@@ -179,7 +181,7 @@ def forward(inputs, outputs, params) -> None:
             tiles, segments, S=shape, num_warps=4, trips=trips if shape.running else (0, 0, 0, *trips), moved=moved,
         )  # fmt: skip
     else:
-        ty, tx, step, keys = call.tile()
+        ty, tx, step, keys = call.tile("forward")
         triton_launch.launch(
             forward_tiles, call.programs(ty, tx), q, k, v, tokens(call.extra_k), tokens(call.extra_v),
             out, lse, *tables, *grid, call.extras, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
@@ -216,7 +218,7 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
             trips=(tiles + 1, both, ty // step - both), moved=moved,
         )  # fmt: skip
     else:
-        ty, tx, step, keys = call.tile()
+        ty, tx, step, keys = call.tile("queries")
         programs = call.programs(ty, tx)
         parts = lse.new_empty(programs)  # of cosine_scale's gradient
         triton_launch.launch(
@@ -230,7 +232,7 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
         else:
             dcosine_scale.copy_(parts.view(call.batch, call.heads, -1).double().sum((0, 2)))
     if dk is not None or dv is not None:
-        ty, tx, step, keys = call.tile()
+        ty, tx, step, keys = call.tile("keys")
         triton_launch.launch(
             keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), levels, deltas, unit,
             tokens(dk), tokens(dv), *tables, *grid, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
@@ -242,7 +244,7 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
 
 def backward_of_extras(call, q, extra_k, extra_v, dout, levels, deltas, unit, dextra_k, dextra_v, wide) -> None:
     """The additional tokens' gradients: sums over segments of the queries, added up in a fixed order."""
-    ty, tx, step, keys = call.tile()
+    ty, tx, step, keys = call.tile("keys")
     blocks = -(-call.height * call.width // (step * keys))
     read = call.batch * call.height * call.width * call.heads * (call.dim + call.v_dim)  # queries and dout
     moved = read * call.q.element_size()

@@ -229,7 +229,7 @@ def queries_tiles(
     q, k, v, extra_k, extra_v, out, dout, lse, dlse, levels, deltas, unit, dq, parts, cosine_scale, cos, sin, key_mask,
     scale, height, width, heads, extras, S: tl.constexpr,
 ):  # fmt: skip
-    """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program.
+    """As `forward_tiles`; parts as in `queries_strips`.
 
     The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a
     softmax is steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
@@ -308,7 +308,7 @@ def queries_tiles(
                 )
                 sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         if S.exact:
-            norm = tl.where(total == 0.0, 0.0, 1.0 / total)
+            norm = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
             sums *= norm[:, None]
             slip *= norm
             mean *= norm

@@ -265,7 +265,8 @@ def finish(out, lse, place, sums, total, top, inside, S: tl.constexpr):
     """Writes a tile. place: of its tokens' heads in lse. A query without any key gives 0 and −inf."""
     feature = tl.arange(0, S.v_width)
     empty = total == 0.0
-    result = (sums / tl.where(empty, 1.0, total)[:, None]).to(out.dtype.element_ty)
+    total = tl.where(empty, 1.0, total)
+    result = (sums / total[:, None]).to(out.dtype.element_ty)
     tl.store(
         out + (place[:, None] * S.v_dim + feature[None, :]), result, inside[:, None] & (feature < S.v_dim)[None, :]
     )
