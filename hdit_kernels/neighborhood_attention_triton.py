@@ -94,6 +94,8 @@ class Call:
         self.v_dim, self.extras = v.shape[4], 0 if extra_k is None else extra_k.shape[1]
         self.cosine_scale = None if cosine_scale is None else cosine_scale.float().contiguous()
         self.cos, self.sin = (None, None) if height_angles is None else turns(height_angles, width_angles)
+        if self.cos is not None and q.dtype is torch.bfloat16:  # rounded no more than what they turn, and half to fetch
+            self.cos, self.sin = self.cos.half(), self.sin.half()
         self.key_mask = None if key_mask is None else key_mask.contiguous()
         self.r = 0 if height_angles is None else height_angles.shape[-1]
         self.target = triton_launch.target(q)
@@ -124,7 +126,7 @@ class Call:
         into registers (compiled for sm_80 and sm_90a; no size has been measured on a GPU yet)."""
         single = self.q.dtype is torch.float32
         longest = max(self.dim, self.v_dim) * (4 if single else 1)
-        held = 64 if longest <= 128 else 32 if longest <= 256 and not (single and kernel == "queries") else 16
+        held = 64 if longest <= 128 else 32 if longest <= 256 and not (single and kernel != "forward") else 16
         block = 32 if longest <= 256 and not self.split else 16
         rows, columns = (-(-n // d) for n, d in zip((self.height, self.width), self.dilation, strict=True))
         ty = min(8 if held == 64 else 4, power_of_2(rows))
@@ -195,17 +197,16 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     (out, lse), (dout, dlse), (dq, dk, dv, dcosine_scale, dextra_k, dextra_v) = saved, grad_outputs, grads
     dout = torch.zeros_like(out) if dout is None else dense(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    levels, deltas = torch.empty_like(lse), torch.empty_like(lse)  # what pass 2 takes from pass 1
-    unit = torch.empty_like(lse) if call.q.dtype is torch.float32 else None
+    notes = lse.new_empty((*lse.shape, 4))  # what pass 2 takes from pass 1
     wide = triton_launch.wide_offsets(call.q, call.k, call.v, out, dout, dq, dk, dv)
     grid = call.height, call.width, call.heads
     tables = call.cosine_scale, call.cos, call.sin, call.key_mask, call.scale
     q, k, v, extra_k, extra_v = (tokens(t) for t in (call.q, call.k, call.v, call.extra_k, call.extra_v))
     dq = call.q.new_empty(call.q.shape) if dq is None else dq  # delta has to be computed all the same
-    results = tokens(out), tokens(dout), lse, dlse, levels, deltas
+    results = tokens(out), tokens(dout), lse, dlse, notes
     size = call.q.element_size()
     heads = call.batch * call.height * call.width * call.heads
-    moved = heads * (3 * (call.dim + call.v_dim) * size + 8)  # of each pass: six tensors, level and delta
+    moved = heads * (3 * (call.dim + call.v_dim) * size + 16)  # of each pass: six tensors and the notes
     if call.strips():
         ty, tx, step, keys = call.strip_tile("queries")
         tiles, segments = call.segments(ty, tx)
@@ -222,7 +223,7 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
         programs = call.programs(ty, tx)
         parts = lse.new_empty(programs)  # of cosine_scale's gradient
         triton_launch.launch(
-            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, unit, tokens(dq), parts,
+            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, tokens(dq), parts,
             *tables, *grid, call.extras, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
             trips=call.trips(ty, tx, step, keys), moved=moved,
         )  # fmt: skip
@@ -234,15 +235,15 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     if dk is not None or dv is not None:
         ty, tx, step, keys = call.tile("keys")
         triton_launch.launch(
-            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), levels, deltas, unit,
+            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), notes,
             tokens(dk), tokens(dv), *tables, *grid, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
             trips=call.trips(ty, tx, step, keys)[-2:], moved=moved,
         )  # fmt: skip
     if call.extras and (dextra_k is not None or dextra_v is not None):
-        backward_of_extras(call, q, extra_k, extra_v, tokens(dout), levels, deltas, unit, dextra_k, dextra_v, wide)
+        backward_of_extras(call, q, extra_k, extra_v, tokens(dout), notes, dextra_k, dextra_v, wide)
 
 
-def backward_of_extras(call, q, extra_k, extra_v, dout, levels, deltas, unit, dextra_k, dextra_v, wide) -> None:
+def backward_of_extras(call, q, extra_k, extra_v, dout, notes, dextra_k, dextra_v, wide) -> None:
     """The additional tokens' gradients: sums over segments of the queries, added up in a fixed order."""
     ty, tx, step, keys = call.tile("keys")
     blocks = -(-call.height * call.width // (step * keys))
@@ -252,10 +253,10 @@ def backward_of_extras(call, q, extra_k, extra_v, dout, levels, deltas, unit, de
     wanted = -(-4 * call.target.processors // max(1, tokens_across * call.heads * call.batch))
     per_segment = -(-blocks // max(1, min(wanted, blocks)))
     segments = -(-blocks // per_segment)
-    sums = [None if g is None else levels.new_empty((call.batch, segments, *g.shape[1:])) for g in (dextra_k, dextra_v)]
+    sums = [None if g is None else notes.new_empty((call.batch, segments, *g.shape[1:])) for g in (dextra_k, dextra_v)]
     triton_launch.launch(
-        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, levels, deltas,
-        unit, *(tokens(t) for t in sums), call.cosine_scale, call.cos, call.sin, call.scale, call.height, call.width,
+        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, notes,
+        *(tokens(t) for t in sums), call.cosine_scale, call.cos, call.sin, call.scale, call.height, call.width,
         call.heads, call.extras, per_segment, segments, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
         trips=(per_segment,), moved=moved,
     )  # fmt: skip

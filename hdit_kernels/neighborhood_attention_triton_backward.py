@@ -140,12 +140,30 @@ def add_to_keys(
     return dot(dlogits, q.to(v.dtype), dk, S), dv
 
 
+@triton.jit
+def write_notes(notes, place, level, delta, norm, inside):
+    """What pass 2 has to know of queries: four numbers each, of which the last is not used."""
+    four = tl.reshape(tl.join(tl.join(level, norm), tl.join(delta, norm)), [place.shape[0], 4])
+    tl.store(notes + (place[:, None] * 4 + tl.arange(0, 4)[None, :]), four, inside[:, None])
+
+
+@triton.jit
+def read_notes(notes, place, N: tl.constexpr):
+    """level, delta, norm. (One load of 16 bytes: three of 4 would be made by every thread for itself, since Triton
+    takes a load of fewer elements than threads for cheap.)"""
+    four = tl.load(notes + (place[:, None] * 4 + tl.arange(0, 4)[None, :]))
+    left, right = tl.split(tl.reshape(four, [N, 2, 2]))
+    level, delta = tl.split(left)
+    norm, unused = tl.split(right)
+    return level, delta, norm
+
+
 # ---- over queries ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def queries_strips(
-    q, k, v, out, dout, lse, dlse, levels, deltas, dq, parts, cosine_scale, cos, sin, key_mask, scale, height, width,
+    q, k, v, out, dout, lse, dlse, notes, dq, parts, cosine_scale, cos, sin, key_mask, scale, height, width,
     heads, tiles, segments, S: tl.constexpr,
 ):  # fmt: skip
     """As `forward_strips`. parts: one number of cosine_scale's gradient for each program."""
@@ -181,8 +199,7 @@ def queries_strips(
         place = first_place + offset(row, x_read, width * heads, heads, S)
         given, level, delta, change = outputs_of(out, dout, lse, dlse, row, x_read, place, batch, head, S)
         inside = (tile < end) & (tile * S.ty + y < height) & (x < width)
-        tl.store(levels + place, level, inside)
-        tl.store(deltas + place, delta, inside)
+        write_notes(notes, place, level, delta, level, inside)
         sums = tl.zeros([M, WIDTH], tl.float32)
         for step in tl.range(0, BOTH, num_stages=1):
             key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
@@ -226,13 +243,13 @@ def queries_strips(
 
 @triton.jit
 def queries_tiles(
-    q, k, v, extra_k, extra_v, out, dout, lse, dlse, levels, deltas, unit, dq, parts, cosine_scale, cos, sin, key_mask,
+    q, k, v, extra_k, extra_v, out, dout, lse, dlse, notes, dq, parts, cosine_scale, cos, sin, key_mask,
     scale, height, width, heads, extras, S: tl.constexpr,
 ):  # fmt: skip
     """As `forward_tiles`; parts as in `queries_strips`.
 
     The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a
-    softmax is steep, all gradients are small differences and feel it; delta and ⟨gradient, unit query⟩ are corrected."""
+    softmax is steep, all gradients are small differences and feel it; delta and ⟨gradient, query⟩ are corrected."""
     M: tl.constexpr = S.ty * S.tx
     N: tl.constexpr = S.step * S.keys
     WIDTH: tl.constexpr = S.width
@@ -307,15 +324,14 @@ def queries_tiles(
                     total + tl.sum(weights, 1),
                 )
                 sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
+        norm = tl.zeros([M], tl.float32) + 1.0
         if S.exact:
             norm = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
             sums *= norm[:, None]
             slip *= norm
             mean *= norm
-            tl.store(unit + place, norm, inside)
         slip -= change
-        tl.store(levels + place, level, inside)
-        tl.store(deltas + place, delta + slip, inside)
+        write_notes(notes, place, level, delta + slip, norm, inside)
         along = write_gradient(
             heads_at(q, y, x, batch, head, S), heads_at(dq, y, x, batch, head, S), sums,
             cos, sin, y, x, height, head, heads, factor, inside, inside, S, True,
@@ -349,9 +365,7 @@ def last_reader(key, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.c
 
 
 @triton.jit
-def block_of_queries(
-    q, dout, levels, deltas, unit, cos, sin, row, column, exists, height, width, batch, head, heads, S: tl.constexpr
-):
+def block_of_queries(q, dout, notes, cos, sin, row, column, exists, height, width, batch, head, heads, S: tl.constexpr):
     """Prepared queries, dout, level, delta and what their weights add up to, inverted: [queries, …] of tokens."""
     here = heads_at(q, row, column, batch, head, S)
     here, low = prepared_parts(here, cos, sin, row, column, height, head, heads, exists, S, False, True)
@@ -359,9 +373,8 @@ def block_of_queries(
     given = heads_at(dout, row, column, batch, head, S)[:, None] + feature[None, :]
     given = read(given, feature, exists, S.v_dim, False)
     place = batch * height * width * heads + head + offset(row, column, width * heads, heads, S)
-    level = tl.where(exists, tl.load(levels + place), float("inf"))  # no weight for what does not exist
-    norm = tl.load(unit + place) if S.exact else level
-    return here, low, given, level, tl.load(deltas + place), norm
+    level, delta, norm = read_notes(notes, place, row.shape[0])
+    return here, low, given, tl.where(exists, level, float("inf")), delta, norm  # no weight for what does not exist
 
 
 @triton.jit
@@ -370,9 +383,7 @@ def keys_tiles(
     k,
     v,
     dout,
-    levels,
-    deltas,
-    unit,
+    notes,
     dk,
     dv,
     cosine_scale,
@@ -427,7 +438,7 @@ def keys_tiles(
                 query_row = tl.minimum(query_row, n_rows - 1)
                 in_rows = in_window(row[:, None], query_row[None, :], n_rows, S.rows, S.row_stride, S.causal_rows)
                 here, low, given, level, delta, norm = block_of_queries(
-                    q, dout, levels, deltas, unit, cos, sin, row_class + query_row * S.row_dilation, query_x, exists,
+                    q, dout, notes, cos, sin, row_class + query_row * S.row_dilation, query_x, exists,
                     height, width, batch, head, heads, S,
                 )  # fmt: skip
                 dkeys, dvalues = add_to_keys(
@@ -443,7 +454,7 @@ def keys_tiles(
 
 @triton.jit
 def extras_segments(
-    q, extra_k, extra_v, dout, levels, deltas, unit, dk, dv, cosine_scale, cos, sin, scale, height, width, heads,
+    q, extra_k, extra_v, dout, notes, dk, dv, cosine_scale, cos, sin, scale, height, width, heads,
     extras, blocks, segments, S: tl.constexpr,
 ):  # fmt: skip
     """What `blocks` blocks of queries add to the gradients of ty · tx additional tokens; a segment's sum for itself."""
@@ -469,7 +480,7 @@ def extras_segments(
         exists = query < height * width
         query = tl.minimum(query, height * width - 1)
         here, low, given, level, delta, norm = block_of_queries(
-            q, dout, levels, deltas, unit, cos, sin, query // width, query % width, exists,
+            q, dout, notes, cos, sin, query // width, query % width, exists,
             height, width, batch, head, heads, S,
         )  # fmt: skip
         dkeys, dvalues = add_to_keys(

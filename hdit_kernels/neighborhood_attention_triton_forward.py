@@ -85,7 +85,8 @@ def angles_at(cos, sin, row, column, height, head, heads, S: tl.constexpr):
     feature = tl.arange(0, S.piece)
     place = tl.where((feature < S.r)[None, :], row[:, None], (height + column)[:, None])
     place = (place * heads + head) * S.r + (feature % S.r)[None, :]
-    return read(cos + place, feature, row, 2 * S.r, False), read(sin + place, feature, row, 2 * S.r, False)
+    cosine = read(cos + place, feature, row, 2 * S.r, False).to(tl.float32)
+    return cosine, read(sin + place, feature, row, 2 * S.r, False).to(tl.float32)
 
 
 @triton.jit
