@@ -143,7 +143,7 @@ def add_to_keys(
 @triton.jit
 def write_notes(notes, place, level, delta, norm, inside):
     """What pass 2 has to know of queries: four numbers each, of which the last is not used."""
-    four = tl.reshape(tl.join(tl.join(level, norm), tl.join(delta, norm)), [place.shape[0], 4])
+    four = tl.reshape(tl.join(tl.join(level, norm), tl.join(delta, norm)), [place.shape[0], 4])  # level, delta, norm …
     tl.store(notes + (place[:, None] * 4 + tl.arange(0, 4)[None, :]), four, inside[:, None])
 
 
@@ -153,8 +153,8 @@ def read_notes(notes, place, N: tl.constexpr):
     takes a load of fewer elements than threads for cheap.)"""
     four = tl.load(notes + (place[:, None] * 4 + tl.arange(0, 4)[None, :]))
     left, right = tl.split(tl.reshape(four, [N, 2, 2]))
-    level, delta = tl.split(left)
-    norm, unused = tl.split(right)
+    level, norm = tl.split(left)
+    delta, unused = tl.split(right)
     return level, delta, norm
 
 
