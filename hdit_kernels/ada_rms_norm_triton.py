@@ -146,14 +146,14 @@ def long_backward_kernel(
         tl.debug_barrier()  # what a thread reads of `parts` next may be what another wrote
 
 
-def tile(x: Tensor) -> tuple[bool, dict[str, int]]:
-    """Whether rows are longer than a block, and what a program takes."""
+def tile(x: Tensor, block: int = BLOCK) -> tuple[bool, dict[str, int]]:
+    """Whether rows are longer than a block of so many bytes, and what a program takes."""
     _, length, channels = x.shape
     if channels * x.itemsize > LONGEST:
         return True, {"TOKENS": 1, "CHANNELS": PIECE, "num_warps": 4}
     width = triton.next_power_of_2(channels)
-    height = max(1, min(BLOCK // (width * x.itemsize), triton.next_power_of_2(length)))
-    return False, {"TOKENS": height, "CHANNELS": width, "num_warps": max(1, 4 * height * width * x.itemsize // BLOCK)}
+    height = max(1, min(block // (width * x.itemsize), triton.next_power_of_2(length)))
+    return False, {"TOKENS": height, "CHANNELS": width, "num_warps": max(1, 4 * height * width * x.itemsize // block)}
 
 
 def scales(scale: Tensor) -> tuple[Tensor, int]:
@@ -182,7 +182,7 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     x, dy = tokens(*inputs), tokens(grad_outputs[0], inputs[1])
     (scale, scale_item), (dx, dscale) = scales(inputs[1]), grads
     items, length, channels = x.shape
-    long, shape = tile(x)
+    long, shape = tile(x, BLOCK * x.itemsize // 4)  # all is held in float32: half as many rows of two bytes
     blocks = triton.cdiv(length, shape["TOKENS"])
     programs = triton_launch.target(x).processors * WARPS // shape["num_warps"]
     count = max(1, min(blocks, programs // items))  # programs that share an item

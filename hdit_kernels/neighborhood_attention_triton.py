@@ -66,8 +66,7 @@ class Shape(NamedTuple):
     precision: str
 
 
-# Rows of keys in a block of a strip, where it is not 2. Predicted, not yet measured on a GPU: with 2, registers spill.
-STEPS = {("cuda", "80"): {"queries": 1}, ("cuda", "86"): {"queries": 1}, ("cuda", "89"): {"queries": 1}}
+SMALL = ("80", "86", "89")  # architectures without wgmma, where operands of products take more registers
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -94,11 +93,12 @@ class Call:
         self.v_dim, self.extras = v.shape[4], 0 if extra_k is None else extra_k.shape[1]
         self.cosine_scale = None if cosine_scale is None else cosine_scale.float().contiguous()
         self.cos, self.sin = (None, None) if height_angles is None else turns(height_angles, width_angles)
-        if self.cos is not None and q.dtype is torch.bfloat16:  # rounded no more than what they turn, and half to fetch
-            self.cos, self.sin = self.cos.half(), self.sin.half()
         self.key_mask = None if key_mask is None else key_mask.contiguous()
         self.r = 0 if height_angles is None else height_angles.shape[-1]
         self.target = triton_launch.target(q)
+        small = self.target.arch in SMALL  # (there the conversion makes registers spill)
+        if self.cos is not None and q.dtype is torch.bfloat16 and not small:
+            self.cos, self.sin = self.cos.half(), self.sin.half()  # as finely rounded as what they turn, half to fetch
         self.split = cosine_scale is not None and q.dtype is torch.float16  # unit heads, which may be steep
         self.plain = self.stride == (1, 1) == self.dilation and not any(self.causal) and not self.extras
 
@@ -136,7 +136,8 @@ class Call:
 
     def strip_tile(self, kernel: str) -> tuple[int, int, int, int]:
         """ty, tx, step, keys for "forward" or "queries" (of the backward pass)."""
-        return 8, 8, STEPS.get((self.target.backend, self.target.arch), {}).get(kernel, 2), 16
+        step = 1 if kernel == "queries" and self.target.arch in SMALL else 2  # compiled without spills
+        return 8, 8, step, 16
 
     def trips(self, ty: int, tx: int, step: int, keys: int) -> tuple[float, ...]:
         """How often the loops of a kernel that holds one tile run: over additional tokens, over columns, over rows."""

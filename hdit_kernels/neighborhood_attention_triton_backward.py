@@ -191,7 +191,7 @@ def queries_strips(
     level_above = tl.zeros([M], tl.float32)
     delta_above = tl.zeros([M], tl.float32)
     sums_above = tl.zeros([M, WIDTH], tl.float32)
-    part = tl.zeros([M], tl.float32)
+    part = scale * 0.0
     for tile in tl.range(begin, end + 1, num_stages=1):
         row = tl.minimum(tile * S.ty + y, height - 1)
         here = heads_at(q, row, x_read, batch, head, S)
@@ -235,10 +235,10 @@ def queries_strips(
             heads_at(q, row, x_read, batch, head, S), heads_at(dq, row, x_read, batch, head, S), sums_above,
             cos, sin, row, x_read, height, head, heads, factor, inside, inside, S, True,
         )  # fmt: skip
-        part += tl.where(inside, along, 0.0)
+        part += tl.sum(tl.where(inside, along, 0.0), 0)
         q_above, dout_above, level_above, delta_above = here, given, level, delta
         sums_above = sums
-    tl.store(parts + tl.program_id(0), tl.sum(part, 0) * scale)
+    tl.store(parts + tl.program_id(0), part * scale)
 
 
 @triton.jit
