@@ -39,7 +39,10 @@ def report() -> str:
             order = [*BACKENDS[device], *(b for b in NAMES if b not in BACKENDS[device])]
             lines += [f"  {op.name:34}{b:11}{op.missing(b, device) or 'present'}" for b in order]
     lines += ["", "linear_geglu is PyTorch's projection and then geglu, except for inference on a kernel of its own."]
-    lines += ["", "Not yet run on a GPU: the cuda kernels have only been compiled."]
+    lines += [
+        "",
+        "Not yet run on a GPU: cuda kernels are compiled alone, triton kernels compiled and interpreted.",
+    ]
     return "\n".join(lines)
 
 
