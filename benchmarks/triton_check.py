@@ -40,6 +40,7 @@ import torch
 
 try:
     import triton
+    from triton.runtime.cache import triton_key
 except ImportError as missing:
     raise SystemExit(f"triton_check: Triton must be importable (`pip install triton`, on Linux): {missing}") from None
 
@@ -185,6 +186,7 @@ def all_passes(archs, everything: bool, only: str, complaints: Complaints) -> li
 
 def compile_all(jobs: list[Specialised]) -> dict[Specialised, Compiled | str]:
     """What each needs, or why it does not compile."""
+    triton_key()  # of Triton's cache: it takes half a second, and is remembered
     context = multiprocessing.get_context("fork")
     results, running, waiting = {}, {}, list(reversed(jobs))
     while waiting or running:
