@@ -156,22 +156,21 @@ def tile(x: Tensor) -> tuple[bool, dict[str, int]]:
     return False, {"TOKENS": height, "CHANNELS": width, "num_warps": max(1, 4 * height * width * x.itemsize // BLOCK)}
 
 
-def scales(scale: Tensor) -> tuple[Tensor, int]:
-    """scale with a contiguous last axis, and the stride between the batch items."""
-    scale = scale if scale.stride(-1) == 1 or scale.shape[-1] == 1 else scale.contiguous()
-    return scale, scale.stride(0) if scale.ndim == 2 else 0
+def dense(scale: Tensor) -> Tensor:
+    """scale with a contiguous last axis. Its first stride leads to the next batch item, if it has one for each."""
+    return scale if scale.stride(-1) == 1 or scale.shape[-1] == 1 else scale.contiguous()
 
 
 def forward(inputs, outputs, params) -> None:
     x, (y,) = tokens(*inputs), outputs
     if not y.numel():
         return
-    scale, scale_item = scales(inputs[1])
+    scale = dense(inputs[1])
     items, length, channels = x.shape
     long, shape = tile(x)
     triton_launch.launch(
         long_forward_kernel if long else forward_kernel, items * triton.cdiv(length, shape["TOKENS"]),
-        x, scale, y, length, channels, *x.stride()[:2], scale_item, *params,
+        x, scale, y, length, channels, *x.stride()[:2], scale.stride(0), *params,
         **shape, WIDE=triton_launch.wide_offsets(x, scale, y), moved=2 * y.nbytes,
         trips=(triton.cdiv(channels, PIECE),) * 2 if long else (),
     )  # fmt: skip
@@ -180,7 +179,7 @@ def forward(inputs, outputs, params) -> None:
 def backward(grad_outputs, inputs, saved, grads, params) -> None:
     """Where there are tokens: without any, dscale is zero and dx empty."""
     x, dy = tokens(*inputs), tokens(grad_outputs[0], inputs[1])
-    (scale, scale_item), (dx, dscale) = scales(inputs[1]), grads
+    scale, (dx, dscale) = dense(inputs[1]), grads
     items, length, channels = x.shape
     long, shape = tile(x)
     blocks = triton.cdiv(length, shape["TOKENS"])
@@ -195,7 +194,7 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     pieces = triton.cdiv(channels, PIECE)
     triton_launch.launch(
         long_backward_kernel if long else backward_kernel, items * count,
-        x, scale, dy, dx, parts, length, channels, count, *x.stride()[:2], *dy.stride()[:2], scale_item, *params,
+        x, scale, dy, dx, parts, length, channels, count, *x.stride()[:2], *dy.stride()[:2], scale.stride(0), *params,
         **shape, WIDE=triton_launch.wide_offsets(x, scale, dy, dx),
         trips=(blocks / count, pieces, pieces) if long else (blocks / count,),
         moved=x.nbytes + dy.nbytes + sum(0 if t is None else t.nbytes for t in (dx, parts)),
