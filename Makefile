@@ -3,16 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: help setup reproduce test stress bench lint sanitize cuda-check clean
+.PHONY: help setup reproduce test stress bench lint sanitize cuda-check triton-check clean
 
 help:
-	@echo "make reproduce   set up, check every op, print the FLOP table, draw the scaling plots, time the ops"
-	@echo "make test        set up, run all tests"
-	@echo "make stress      the same tests on 10 000 random geometries"
-	@echo "make bench       every benchmark; rows and a roofline picture into benchmarks/results/"
-	@echo "make lint        ruff check and format"
-	@echo "make sanitize    test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)"
-	@echo "make cuda-check  compile every CUDA kernel for sm_80 and sm_90a; registers, spills, shared memory"
+	@echo "make reproduce    set up, check every op, print the FLOP table, draw the scaling plots, time the ops"
+	@echo "make test         set up, run all tests"
+	@echo "make stress       the same tests on 10 000 random geometries"
+	@echo "make bench        every benchmark; rows and a roofline picture into benchmarks/results/"
+	@echo "make lint         ruff check and format"
+	@echo "make sanitize     test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)"
+	@echo "make cuda-check   compile every CUDA kernel for sm_80 and sm_90a; registers, spills, shared memory"
+	@echo "make triton-check compile every Triton kernel for four GPUs; registers, spills, predicted time"
 
 setup: .venv/installed
 
@@ -68,6 +69,9 @@ sanitize: setup
 
 cuda-check:
 	$(PYTHON) csrc/cuda_check.py
+
+triton-check: setup
+	$(RUN) -m benchmarks.triton_check
 
 clean:
 	rm -rf .venv build dist *.egg-info hdit_kernels/*.so runs

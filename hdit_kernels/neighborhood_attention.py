@@ -310,9 +310,9 @@ def forward(backend: str, inputs, outputs, params) -> None:
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
     if backend == "triton":
-        from hdit_kernels import neighborhood_attention_triton_backward
+        from hdit_kernels import neighborhood_attention_triton
 
-        return neighborhood_attention_triton_backward.backward(grad_outputs, inputs, saved, grads, params)
+        return neighborhood_attention_triton.backward(grad_outputs, inputs, saved, grads, params)
     arguments, _alive = native_arguments(inputs, (None, saved[1]), params)
     dout, dlse = dense(grad_outputs[0]), grad_outputs[1]
     dlse = None if dlse is None else dlse.contiguous()

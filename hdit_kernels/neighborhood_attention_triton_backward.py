@@ -2,26 +2,22 @@
 
 1. Over queries: dq, `delta` = Σ dout·out − dlse of each query (what the softmax's gradient subtracts), and the parts of
    cosine_scale's gradient. `queries_strips` marches as `forward_strips` does; `queries_tiles` serves everything else.
-2. Over keys: dk and dv. The queries that see a key are a contiguous range of rows and of columns (longer at a border), so
-   `keys_tiles` walks over the range of its tile. `extras` does so over all queries, for the additional tokens.
+2. Over keys: dk and dv. The queries that see a key are a contiguous range of rows and of columns (longer at a border),
+   so `keys_tiles` walks over the range of its tile. `extras_segments` walks over all queries, for additional tokens.
 
 Both compute the softmax again from lse, and end with the gradients of the rotation and of the normalisation.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from hdit_kernels import triton_launch
-from hdit_kernels.cosine_rope import dense
-from hdit_kernels.neighborhood_attention_triton import (
+from hdit_kernels.neighborhood_attention_triton_forward import (
     EPS,
-    LN2,
     LOG2E,
-    Call,
     angles_at,
     block_of_keys,
     class_size,
+    columns_of_strip,
     dot,
     extra_tokens,
     heads_at,
@@ -31,9 +27,10 @@ from hdit_kernels.neighborhood_attention_triton import (
     prepared_parts,
     products,
     read,
+    rows_of_strip,
     strip_of_program,
     tile_of_program,
-    tokens,
+    unless,
     windows_of_tile,
     wrapped,
 )
@@ -52,18 +49,20 @@ def write(x, value, feature, inside, LIMIT: tl.constexpr):
 
 @triton.jit
 def write_gradient(
-    x, dx, gradient, cos, sin, row, column, height, head, heads, factor, inside, S: tl.constexpr, TURNED: tl.constexpr
-):
+    x, dx, gradient, cos, sin, row, column, height, head, heads, factor, shown, inside,
+    S: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
     """Gradient of the heads at x from that of the prepared ones over `factor`; returns ⟨unit head, gradient⟩: [tokens].
 
-    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩)."""
+    y = x·n with n = rsqrt(Σx² + ε) has dx = n·(g − y·⟨y, g⟩). x is read again: registers are scarcer. What is inside
+    and not shown is not read, and gets zeros."""
     N: tl.constexpr = gradient.shape[0]
     PIECE: tl.constexpr = S.piece
     feature = tl.arange(0, PIECE)
     along = tl.zeros([N], tl.float32)
     if S.r == 0:
         if S.cosine:
-            whole = read(x[:, None] + feature[None, :], feature, inside, S.dim, True).to(tl.float32)
+            whole = read(x[:, None] + feature[None, :], feature, shown, S.dim, True).to(tl.float32)
             n = tl.rsqrt(tl.sum(whole * whole, 1) + EPS)
             along = tl.sum(whole * gradient, 1) * n
             gradient = (gradient - whole * (n * along)[:, None]) * n[:, None]
@@ -79,7 +78,7 @@ def write_gradient(
         else:
             first = turned
         if S.cosine:
-            a, b, c, d = pieces(x, inside, S, True)
+            a, b, c, d = pieces(x, shown, S, True)
             n = tl.rsqrt(tl.sum(a * a + b * b + c * c + d * d, 1) + EPS)
             along = tl.sum(a * first + b * second + c * third + d * fourth, 1) * n
             length = (n * along)[:, None]
@@ -96,46 +95,67 @@ def write_gradient(
 
 
 @triton.jit
-def softmax_of(lse, place):
-    """What to take from logits to base 2, so that exp2 gives weights; of a query without keys, anything finite."""
-    level = tl.load(lse + place)
-    return tl.where(level == -float("inf"), 0.0, level * LOG2E)
-
-
-@triton.jit
-def outputs_of(out, dout, lse, dlse, delta, row, column, place, inside, batch, head, S: tl.constexpr):
-    """dout, level, delta of queries; delta is written too."""
+def outputs_of(out, dout, lse, dlse, row, column, place, batch, head, S: tl.constexpr):
+    """dout, `level`, `delta` and dlse of queries. level: what logits to base 2 lose for exp2 to give weights."""
     feature = tl.arange(0, S.v_width)
     given = heads_at(dout, row, column, batch, head, S)[:, None] + feature[None, :]
-    given = read(given, feature, inside, S.v_dim, False)
+    given = read(given, feature, row, S.v_dim, False)
     result = heads_at(out, row, column, batch, head, S)[:, None] + feature[None, :]
-    result = read(result, feature, inside, S.v_dim, False)
-    change = tl.sum(given.to(tl.float32) * result.to(tl.float32), 1)
+    result = read(result, feature, row, S.v_dim, False)
+    change = tl.zeros([row.shape[0]], tl.float32)
+    delta = change if S.alone else tl.sum(given.to(tl.float32) * result.to(tl.float32), 1)
     if dlse is not None:
-        change -= tl.load(dlse + place)
-    tl.store(delta + place, change, inside)
-    return given, softmax_of(lse, place), change
+        change = tl.load(dlse + place)
+    level = tl.load(lse + place)
+    level = tl.where(level == -float("inf"), 0.0, level * LOG2E)  # without any key: anything finite
+    return given, level, delta - change, change
 
 
 @triton.jit
-def add_to_queries(q, q_low, dout, level, delta, sums, k, k_low, v, seen, factor, S: tl.constexpr):
-    """sums + Σ over keys of the logits' gradient times the key"""
+def change_of_weights(a, b, S: tl.constexpr):
+    """⟨dout, value⟩ of every pair. A window of one key has the constant weight 1, whatever rounding says."""
+    result = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    return result if S.alone else dot(a, tl.trans(b), result, S)
+
+
+@triton.jit
+def softmax_gradient(q, q_low, dout, level, delta, k, k_low, v, row_bias, column_bias, factor, S: tl.constexpr):
+    """[queries, keys]: logits (before factor), weights, and the gradient of logits · factor."""
     logits = products(q, q_low, k, k_low, S)
-    weights = tl.exp2(tl.where(seen, logits * factor - level[:, None], -float("inf")))
-    dweights = dot(dout, tl.trans(v), tl.zeros([q.shape[0], k.shape[0]], tl.float32), S)
-    dlogits = (weights * (dweights - delta[:, None])).to(v.dtype)
-    return dot(dlogits, k.to(v.dtype), sums, S)
+    weights = tl.exp2(logits * factor + (row_bias - level[:, None]) + column_bias)
+    return logits, weights, weights * (change_of_weights(dout, v, S) - delta[:, None])
 
 
 @triton.jit
-def add_to_keys(k, k_low, v, dk, dv, q, q_low, dout, level, delta, seen, factor, S: tl.constexpr):
-    """dk, dv + Σ over queries; `seen` is [keys, queries]"""
+def add_to_keys(
+    k, k_low, v, dk, dv, q, q_low, dout, level, delta, weight, row_bias, column_bias, factor, S: tl.constexpr
+):
+    """dk, dv + Σ over queries; biases: [keys, queries]"""
     logits = products(k, k_low, q, q_low, S)
-    weights = tl.exp2(tl.where(seen, logits * factor - level[None, :], -float("inf")))
+    weights = tl.exp2(logits * factor - level[None, :] + row_bias + column_bias)
+    if S.exact:
+        weights *= weight[None, :]
     dv = dot(weights.to(v.dtype), dout, dv, S)
-    dweights = dot(v, tl.trans(dout), tl.zeros([k.shape[0], q.shape[0]], tl.float32), S)
-    dlogits = (weights * (dweights - delta[None, :])).to(v.dtype)
+    dlogits = (weights * (change_of_weights(v, dout, S) - delta[None, :])).to(v.dtype)
     return dot(dlogits, q.to(v.dtype), dk, S), dv
+
+
+@triton.jit
+def write_notes(notes, place, level, delta, norm, inside):
+    """What pass 2 has to know of queries: four numbers each, of which the last is not used."""
+    four = tl.reshape(tl.join(tl.join(level, norm), tl.join(delta, norm)), [place.shape[0], 4])  # level, delta, norm …
+    tl.store(notes + (place[:, None] * 4 + tl.arange(0, 4)[None, :]), four, inside[:, None])
+
+
+@triton.jit
+def read_notes(notes, place, N: tl.constexpr):
+    """level, delta, norm. (One load of 16 bytes: three of 4 would be made by every thread for itself, since Triton
+    takes a load of fewer elements than threads for cheap.)"""
+    four = tl.load(notes + (place[:, None] * 4 + tl.arange(0, 4)[None, :]))
+    left, right = tl.split(tl.reshape(four, [N, 2, 2]))
+    level, norm = tl.split(left)
+    delta, unused = tl.split(right)
+    return level, delta, norm
 
 
 # ---- over queries ---------------------------------------------------------------------------------------------------
@@ -143,8 +163,8 @@ def add_to_keys(k, k_low, v, dk, dv, q, q_low, dout, level, delta, seen, factor,
 
 @triton.jit
 def queries_strips(
-    q, k, v, out, dout, lse, dlse, delta, dq, parts, cosine_scale, cos, sin, key_mask, scale, height, width, heads,
-    tiles, segments, S: tl.constexpr,
+    q, k, v, out, dout, lse, dlse, notes, dq, parts, cosine_scale, cos, sin, key_mask, scale, height, width,
+    heads, tiles, segments, S: tl.constexpr,
 ):  # fmt: skip
     """As `forward_strips`. parts: one number of cosine_scale's gradient for each program."""
     M: tl.constexpr = S.ty * S.tx
@@ -161,7 +181,8 @@ def queries_strips(
     y, x = query // S.tx, x0 + query % S.tx
     x_read = tl.minimum(x, width - 1)
     key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
-    aside, below = (key % S.keys)[None, :] - (query % S.tx)[:, None], key_y[None, :] - y[:, None]
+    aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
+    below = key_y[None, :] - y[:, None]
     in_columns = (aside >= 0) & (aside < S.columns)
     first_place = batch * height * width * heads + head
 
@@ -176,51 +197,59 @@ def queries_strips(
         here = heads_at(q, row, x_read, batch, head, S)
         here, here_low = prepared_parts(here, cos, sin, row, x_read, height, head, heads, row, S, False, True)
         place = first_place + offset(row, x_read, width * heads, heads, S)
+        given, level, delta, change = outputs_of(out, dout, lse, dlse, row, x_read, place, batch, head, S)
         inside = (tile < end) & (tile * S.ty + y < height) & (x < width)
-        given, level, change = outputs_of(out, dout, lse, dlse, delta, row, x_read, place, inside, batch, head, S)
+        write_notes(notes, place, level, delta, level, inside)
         sums = tl.zeros([M, WIDTH], tl.float32)
         for step in tl.range(0, BOTH, num_stages=1):
             key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen = in_columns & shown[None, :] if S.masked else in_columns
-            distance = below + step * S.step
-            seen_above = seen & (distance + S.ty < S.rows)
-            sums_above = add_to_queries(
-                q_above, q_above, dout_above, level_above, delta_above, sums_above, keys, low, values, seen_above,
+            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
+            column_bias = columns_of_strip(in_columns, shown, S)
+            logits, weights, dlogits = softmax_gradient(
+                q_above, q_above, dout_above, level_above, delta_above, keys, low, values, row_bias_above, column_bias,
                 factor * LOG2E, S,
             )  # fmt: skip
-            seen = seen & (distance >= 0) & (distance < S.rows)
-            sums = add_to_queries(here, here, given, level, change, sums, keys, low, values, seen, factor * LOG2E, S)
+            sums_above = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums_above, S)
+            logits, weights, dlogits = softmax_gradient(
+                here, here, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
+            )
+            sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         for step in tl.range(BOTH, S.ty // S.step, num_stages=1):
             key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
             keys, low, values, shown = block_of_keys(
                 k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
             )
-            seen = in_columns & shown[None, :] if S.masked else in_columns
-            distance = below + step * S.step
-            seen = seen & (distance >= 0) & (distance < S.rows)
-            sums = add_to_queries(here, here, given, level, change, sums, keys, low, values, seen, factor * LOG2E, S)
+            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
+            column_bias = columns_of_strip(in_columns, shown, S)
+            logits, weights, dlogits = softmax_gradient(
+                here, here, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
+            )
+            sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         row = (tile - 1) * S.ty + y
         inside = (tile > begin) & (row < height) & (x < width)
         row = tl.minimum(tl.maximum(row, 0), height - 1)
         along = write_gradient(
             heads_at(q, row, x_read, batch, head, S), heads_at(dq, row, x_read, batch, head, S), sums_above,
-            cos, sin, row, x_read, height, head, heads, factor, inside, S, True,
+            cos, sin, row, x_read, height, head, heads, factor, inside, inside, S, True,
         )  # fmt: skip
         part += tl.where(inside, along, 0.0)
-        q_above, dout_above, level_above, delta_above, sums_above = here, given, level, change, sums
-    if parts is not None:
-        tl.store(parts + tl.program_id(0), tl.sum(part, 0) * scale)
+        q_above, dout_above, level_above, delta_above = here, given, level, delta
+        sums_above = sums
+    tl.store(parts + tl.program_id(0), tl.sum(part, 0) * scale)
 
 
 @triton.jit
 def queries_tiles(
-    q, k, v, extra_k, extra_v, out, dout, lse, dlse, delta, dq, parts, cosine_scale, cos, sin, key_mask, scale,
-    height, width, heads, extras, S: tl.constexpr,
+    q, k, v, extra_k, extra_v, out, dout, lse, dlse, notes, dq, parts, cosine_scale, cos, sin, key_mask,
+    scale, height, width, heads, extras, S: tl.constexpr,
 ):  # fmt: skip
-    """As `forward_tiles`. parts: one number of cosine_scale's gradient for each program."""
+    """As `forward_tiles`; parts as in `queries_strips`.
+
+    The gradients of a query's logits add up to dlse, but for what rounding did to delta: that is `slip`. Where a
+    softmax is steep, all gradients are small differences and feel it; delta and ⟨gradient, query⟩ are corrected."""
     M: tl.constexpr = S.ty * S.tx
     N: tl.constexpr = S.step * S.keys
     WIDTH: tl.constexpr = S.width
@@ -228,53 +257,87 @@ def queries_tiles(
     n_rows, n_columns, top, bottom, left, right = windows_of_tile(
         height, width, row_class, column_class, row0, column0, S
     )
+    factor = scale
+    if S.cosine:
+        factor *= tl.load(cosine_scale + head)
+    here = (row0 < n_rows) & (column0 < n_columns)
     part = 0.0
-    if row0 < n_rows and column0 < n_columns:
-        factor = scale
-        if S.cosine:
-            factor *= tl.load(cosine_scale + head)
+    if here:
         query, key = tl.arange(0, M), tl.arange(0, N)
         row, column = row0 + query // S.tx, column0 + query % S.tx
         inside = (row < n_rows) & (column < n_columns)
         row, column = tl.minimum(row, n_rows - 1), tl.minimum(column, n_columns - 1)
         y, x = row_class + row * S.row_dilation, column_class + column * S.column_dilation
-        here = heads_at(q, y, x, batch, head, S)
-        here, here_low = prepared_parts(here, cos, sin, y, x, height, head, heads, inside, S, False, True)
+        held = heads_at(q, y, x, batch, head, S)
+        held, held_low = prepared_parts(held, cos, sin, y, x, height, head, heads, inside, S, False, True)
         place = batch * height * width * heads + head + offset(y, x, width * heads, heads, S)
-        given, level, change = outputs_of(out, dout, lse, dlse, delta, y, x, place, inside, batch, head, S)
+        given, level, delta, change = outputs_of(out, dout, lse, dlse, y, x, place, batch, head, S)
         sums = tl.zeros([M, WIDTH], tl.float32)
+        slip = tl.zeros([M], tl.float32)
+        mean = tl.zeros([M], tl.float32)
+        total = tl.zeros([M], tl.float32)
         if extra_k is not None:
             for start in tl.range(0, extras, N, num_stages=1):
                 keys, low, values, shown = extra_tokens(extra_k, extra_v, start + key, extras, batch, head, heads, S)
-                sums = add_to_queries(
-                    here, here_low, given, level, change, sums, keys, low, values, shown[None, :], factor * LOG2E, S
+                logits, weights, dlogits = softmax_gradient(
+                    held,
+                    held_low,
+                    given,
+                    level,
+                    delta,
+                    keys,
+                    low,
+                    values,
+                    unless(shown[None, :]),
+                    0.0,
+                    factor * LOG2E,
+                    S,
                 )
-        blocks_across = (right - left + S.keys - 1) // S.keys
-        blocks = (bottom - top + S.step - 1) // S.step * blocks_across
-        for block in tl.range(0, blocks, num_stages=1):
-            key_row = top + block // blocks_across * S.step + key // S.keys
-            key_column = left + block % blocks_across * S.keys + key % S.keys
-            seen = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
-            seen &= in_window(
+                slip, mean, total = (
+                    slip + tl.sum(dlogits, 1),
+                    mean + tl.sum(weights * logits, 1),
+                    total + tl.sum(weights, 1),
+                )
+                sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
+        for across in tl.range(left, right, S.keys, num_stages=1):
+            key_column = across + key % S.keys
+            in_columns = in_window(
                 key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
             )
-            exists = (key_row < n_rows) & (key_column < n_columns)
-            keys, low, values, shown = block_of_keys(
-                k, v, cos, sin, key_mask, row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation,
-                column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation, exists,
-                height, width, batch, head, heads, S,
-            )  # fmt: skip
-            seen = seen & shown[None, :]
-            sums = add_to_queries(
-                here, here_low, given, level, change, sums, keys, low, values, seen, factor * LOG2E, S
-            )
+            in_grid = key_column < n_columns
+            key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
+            for down in tl.range(top, bottom, S.step, num_stages=1):
+                key_row = down + key // S.keys
+                in_rows = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
+                key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
+                keys, low, values, shown = block_of_keys(
+                    k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows),
+                    height, width, batch, head, heads, S,
+                )  # fmt: skip
+                row_bias, column_bias = unless(in_rows), columns_of_strip(in_columns, shown, S)
+                logits, weights, dlogits = softmax_gradient(
+                    held, held_low, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
+                )
+                slip, mean, total = (
+                    slip + tl.sum(dlogits, 1),
+                    mean + tl.sum(weights * logits, 1),
+                    total + tl.sum(weights, 1),
+                )
+                sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
+        norm = tl.zeros([M], tl.float32) + 1.0
+        if S.exact:
+            norm = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+            sums *= norm[:, None]
+            slip *= norm
+            mean *= norm
+        slip -= change
+        write_notes(notes, place, level, delta + slip, norm, inside)
         along = write_gradient(
             heads_at(q, y, x, batch, head, S), heads_at(dq, y, x, batch, head, S), sums,
-            cos, sin, y, x, height, head, heads, factor, inside, S, True,
+            cos, sin, y, x, height, head, heads, factor, inside, inside, S, True,
         )  # fmt: skip
-        part += tl.sum(tl.where(inside, along, 0.0), 0) * scale
-    if parts is not None:
-        tl.store(parts + tl.program_id(0), part)
+        part += tl.sum(tl.where(inside, along - slip * mean, 0.0), 0) * scale
+    tl.store(parts + tl.program_id(0), part)
 
 
 # ---- over keys ------------------------------------------------------------------------------------------------------
@@ -302,22 +365,36 @@ def last_reader(key, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.c
 
 
 @triton.jit
-def block_of_queries(
-    q, dout, lse, delta, cos, sin, row, column, exists, height, width, batch, head, heads, S: tl.constexpr
-):
-    """Prepared queries, dout, level and delta [queries, …] of tokens."""
+def block_of_queries(q, dout, notes, cos, sin, row, column, exists, height, width, batch, head, heads, S: tl.constexpr):
+    """Prepared queries, dout, level, delta and what their weights add up to, inverted: [queries, …] of tokens."""
     here = heads_at(q, row, column, batch, head, S)
     here, low = prepared_parts(here, cos, sin, row, column, height, head, heads, exists, S, False, True)
     feature = tl.arange(0, S.v_width)
     given = heads_at(dout, row, column, batch, head, S)[:, None] + feature[None, :]
     given = read(given, feature, exists, S.v_dim, False)
     place = batch * height * width * heads + head + offset(row, column, width * heads, heads, S)
-    return here, low, given, softmax_of(lse, place), tl.load(delta + place)
+    level, delta, norm = read_notes(notes, place, row.shape[0])
+    return here, low, given, tl.where(exists, level, float("inf")), delta, norm  # no weight for what does not exist
 
 
 @triton.jit
 def keys_tiles(
-    q, k, v, dout, lse, delta, dk, dv, cosine_scale, cos, sin, key_mask, scale, height, width, heads, S: tl.constexpr
+    q,
+    k,
+    v,
+    dout,
+    notes,
+    dk,
+    dv,
+    cosine_scale,
+    cos,
+    sin,
+    key_mask,
+    scale,
+    height,
+    width,
+    heads,
+    S: tl.constexpr,
 ):
     """dk and dv of one tile of ty × tx keys of a class, from the queries that see any of them."""
     M: tl.constexpr = S.ty * S.tx
@@ -345,42 +422,40 @@ def keys_tiles(
         left = first_reader(column0, n_columns, S.columns, S.column_stride, S.causal_columns)
         right = tl.minimum(column0 + S.tx, n_columns) - 1
         right = last_reader(right, n_columns, S.columns, S.column_stride, S.causal_columns) + 1
-        blocks_across = (right - left + S.keys - 1) // S.keys
-        blocks = (bottom - top + S.step - 1) // S.step * blocks_across
-        for block in tl.range(0, blocks, num_stages=1):
-            query_row = top + block // blocks_across * S.step + query // S.keys
-            query_column = left + block % blocks_across * S.keys + query % S.keys
-            exists = (query_row < n_rows) & (query_column < n_columns)
-            query_row = tl.minimum(query_row, n_rows - 1)
+        for across in tl.range(left, right, S.keys, num_stages=1):
+            query_column = across + query % S.keys
+            in_grid = query_column < n_columns
             query_column = tl.minimum(query_column, n_columns - 1)
-            seen = in_window(row[:, None], query_row[None, :], n_rows, S.rows, S.row_stride, S.causal_rows)
-            seen &= in_window(
+            in_columns = in_window(
                 column[:, None], query_column[None, :], n_columns, S.columns, S.column_stride, S.causal_columns
             )
-            here, low, given, level, change = block_of_queries(
-                q, dout, lse, delta, cos, sin, row_class + query_row * S.row_dilation,
-                column_class + query_column * S.column_dilation, exists, height, width, batch, head, heads, S,
-            )  # fmt: skip
-            seen = seen & exists[None, :]
-            if S.masked:
-                seen = seen & shown[:, None]
-            dkeys, dvalues = add_to_keys(
-                keys, keys_low, values, dkeys, dvalues, here, low, given, level, change, seen, factor * LOG2E, S
-            )
+            in_columns = in_columns & in_grid[None, :] & shown[:, None]
+            column_bias = unless(in_columns)
+            query_x = column_class + query_column * S.column_dilation
+            for down in tl.range(top, bottom, S.step, num_stages=1):
+                query_row = down + query // S.keys
+                exists = in_grid & (query_row < n_rows)
+                query_row = tl.minimum(query_row, n_rows - 1)
+                in_rows = in_window(row[:, None], query_row[None, :], n_rows, S.rows, S.row_stride, S.causal_rows)
+                here, low, given, level, delta, norm = block_of_queries(
+                    q, dout, notes, cos, sin, row_class + query_row * S.row_dilation, query_x, exists,
+                    height, width, batch, head, heads, S,
+                )  # fmt: skip
+                dkeys, dvalues = add_to_keys(
+                    keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm, unless(in_rows),
+                    column_bias, factor * LOG2E, S,
+                )  # fmt: skip
         if dv is not None:
             write(heads_at(dv, y, x, batch, head, S), dvalues, tl.arange(0, V_WIDTH), inside, S.v_dim)
-        if dk is not None:  # what is not shown may hold anything: its gradient is that of zeros
+        if dk is not None:
             from_, to = heads_at(k, y, x, batch, head, S), heads_at(dk, y, x, batch, head, S)
-            write_gradient(from_, to, dkeys, cos, sin, y, x, height, head, heads, factor, inside & shown, S, True)
-            if S.masked:
-                nothing = tl.zeros([M, WIDTH], tl.float32)
-                write(to, nothing, tl.arange(0, WIDTH), inside & (shown == 0), S.dim)
+            write_gradient(from_, to, dkeys, cos, sin, y, x, height, head, heads, factor, shown, inside, S, True)
 
 
 @triton.jit
 def extras_segments(
-    q, extra_k, extra_v, dout, lse, delta, dk, dv, cosine_scale, cos, sin, scale, height, width, heads, extras, blocks,
-    segments, S: tl.constexpr,
+    q, extra_k, extra_v, dout, notes, dk, dv, cosine_scale, cos, sin, scale, height, width, heads,
+    extras, blocks, segments, S: tl.constexpr,
 ):  # fmt: skip
     """What `blocks` blocks of queries add to the gradients of ty · tx additional tokens; a segment's sum for itself."""
     M: tl.constexpr = S.ty * S.tx
@@ -404,92 +479,19 @@ def extras_segments(
         query = block * N + tl.arange(0, N)
         exists = query < height * width
         query = tl.minimum(query, height * width - 1)
-        here, low, given, level, change = block_of_queries(
-            q, dout, lse, delta, cos, sin, query // width, query % width, exists, height, width, batch, head, heads, S
-        )
-        seen = inside[:, None] & exists[None, :]
+        here, low, given, level, delta, norm = block_of_queries(
+            q, dout, notes, cos, sin, query // width, query % width, exists,
+            height, width, batch, head, heads, S,
+        )  # fmt: skip
         dkeys, dvalues = add_to_keys(
-            keys, keys_low, values, dkeys, dvalues, here, low, given, level, change, seen, factor * LOG2E, S
-        )
+            keys, keys_low, values, dkeys, dvalues, here, low, given, level, delta, norm,
+            unless(inside[:, None]), 0.0, factor * LOG2E, S,
+        )  # fmt: skip
     # (gradients lie as (B, segments, S, heads, dim), so that a segment is a row)
     if dv is not None:
         to = heads_at(dv, token * 0 + segment, token, batch, head, S)
         write(to, dvalues, tl.arange(0, V_WIDTH), inside, S.v_dim)
     if dk is not None:
-        from_, to = (
-            heads_at(extra_k, token, token, batch, head, S),
-            heads_at(dk, token * 0 + segment, token, batch, head, S),
-        )
-        write_gradient(from_, to, dkeys, cos, sin, token, token, 0, head, heads, factor, inside, S, False)
-
-
-# ---- launching ------------------------------------------------------------------------------------------------------
-
-
-def backward(grad_outputs, inputs, saved, grads, params) -> None:
-    call = Call(inputs, params)
-    (out, lse), (dout, dlse), (dq, dk, dv, dcosine_scale, dextra_k, dextra_v) = saved, grad_outputs, grads
-    dout = torch.zeros_like(out) if dout is None else dense(dout)
-    dlse = None if dlse is None else dlse.contiguous()
-    delta = torch.empty_like(lse)
-    wide = triton_launch.wide_offsets(call.q, call.k, call.v, out, dout, dq, dk, dv)
-    grid = call.height, call.width, call.heads
-    tables = call.cosine_scale, call.cos, call.sin, call.key_mask, call.scale
-    q, k, v, extra_k, extra_v = (tokens(t) for t in (call.q, call.k, call.v, call.extra_k, call.extra_v))
-    dq = torch.empty_like(call.q) if dq is None else dq  # delta has to be computed all the same
-    results = tokens(out), tokens(dout), lse, dlse, delta, tokens(dq)
-    size = call.q.element_size()
-    heads = call.batch * call.height * call.width * call.heads
-    moved = heads * (3 * (call.dim + call.v_dim) * size + 8), heads * (3 * (call.dim + call.v_dim) * size + 8)
-
-    if call.strips():
-        ty, tx, step, keys = 8, 8, 4, 16
-        tiles, segments = call.segments(ty, tx)
-        programs = -(-call.width // tx) * segments * call.heads * call.batch
-        parts = None if dcosine_scale is None else lse.new_empty(programs)
-        both = -(-(call.window[0] - 1) // step)
-        triton_launch.launch(
-            queries_strips, programs, q, k, v, *results, parts, *tables, *grid, tiles, segments,
-            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=(tiles + 1, both, ty // step - both),
-            moved=moved[0],
-        )  # fmt: skip
-    else:
-        ty, tx, step, keys = call.tile()
-        programs = call.programs(ty, tx)
-        parts = None if dcosine_scale is None else lse.new_empty(programs)
-        triton_launch.launch(
-            queries_tiles, programs, q, k, v, extra_k, extra_v, *results, parts, *tables, *grid, call.extras,
-            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=call.trips(ty, tx, step, keys), moved=moved[0],
-        )  # fmt: skip
-    if dcosine_scale is not None:
-        sums = parts.view(call.batch, call.heads, -1) if parts.numel() else parts.new_zeros(1, call.heads, 1)
-        dcosine_scale.copy_(sums.double().sum((0, 2)))
-    if dk is not None or dv is not None:
-        ty, tx, step, keys = call.tile()
-        triton_launch.launch(
-            keys_tiles, call.programs(ty, tx), q, k, v, tokens(dout), lse, delta, tokens(dk), tokens(dv), *tables, *grid,
-            S=call.shape(ty, tx, step, keys, wide), num_warps=4, trips=call.trips(ty, tx, step, keys)[-1:],
-            moved=moved[1],
-        )  # fmt: skip
-    if call.extras and (dextra_k is not None or dextra_v is not None):
-        backward_of_extras(call, q, extra_k, extra_v, tokens(dout), lse, delta, dextra_k, dextra_v, wide)
-
-
-def backward_of_extras(call, q, extra_k, extra_v, dout, lse, delta, dextra_k, dextra_v, wide) -> None:
-    """The additional tokens' gradients: sums over segments of the queries, added up in a fixed order."""
-    ty, tx, step, keys = call.tile()
-    blocks = -(-call.height * call.width // (step * keys))
-    tokens_across = -(-call.extras // (ty * tx))
-    wanted = -(-4 * call.target.processors // max(1, tokens_across * call.heads * call.batch))
-    per_segment = -(-blocks // max(1, min(wanted, blocks)))
-    segments = -(-blocks // per_segment)
-    sums = [None if g is None else lse.new_empty((call.batch, segments, *g.shape[1:])) for g in (dextra_k, dextra_v)]
-    triton_launch.launch(
-        extras_segments, tokens_across * segments * call.heads * call.batch, q, extra_k, extra_v, dout, lse, delta,
-        *(tokens(t) for t in sums), call.cosine_scale, call.cos, call.sin, call.scale, call.height, call.width,
-        call.heads, call.extras, per_segment, segments, S=call.shape(ty, tx, step, keys, wide), num_warps=4,
-        trips=(per_segment,),
-    )  # fmt: skip
-    for gradient, parts in zip((dextra_k, dextra_v), sums, strict=True):
-        if gradient is not None:
-            gradient.copy_(parts.sum(1))
+        from_ = heads_at(extra_k, token, token, batch, head, S)
+        to = heads_at(dk, token * 0 + segment, token, batch, head, S)
+        write_gradient(from_, to, dkeys, cos, sin, token, token, 0, head, heads, factor, inside, inside, S, False)
