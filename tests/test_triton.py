@@ -212,7 +212,7 @@ def test_cosine_rope_reads_no_more_than_a_gradient_needs():
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole rows", "rows in pieces"])
 def test_the_scales_gradient_is_one_sum_over_any_number_of_programs(pieces, monkeypatch, poisoned):
     """From one program for all blocks of an item to one for each; the same bits twice."""
-    monkeypatch.setattr(ada_rms_norm_triton, "BLOCK", 256)  # two tokens
+    monkeypatch.setattr(ada_rms_norm_triton, "BACKWARD_BLOCK", 256)  # two tokens
     if pieces:
         monkeypatch.setattr(ada_rms_norm_triton, "LONGEST", 32)
         monkeypatch.setattr(ada_rms_norm_triton, "PIECE", 16)
@@ -298,7 +298,8 @@ LARGE = {  # one row a program, and 16 of the projection
 def test_more_programs_than_the_short_axes_of_a_grid_take(name, monkeypatch, only_programs, poisoned):
     """Forward and backward: each program's rows are right, and it writes no other."""
     monkeypatch.setattr(geglu_triton, "BLOCK", 1)
-    monkeypatch.setattr(ada_rms_norm_triton, "BLOCK", 8)
+    monkeypatch.setattr(ada_rms_norm_triton, "FORWARD_BLOCK", 8)
+    monkeypatch.setattr(ada_rms_norm_triton, "BACKWARD_BLOCK", 8)
     monkeypatch.setattr(cosine_rope_triton, "TOKENS", 1)
     op = machinery.OPS[name]
     arguments = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in LARGE[name]()]
