@@ -16,10 +16,11 @@ from hdit_kernels import triton_launch
 from hdit_kernels.ada_rms_norm import tokens
 
 # Predicted from the compiled kernels' registers and the bytes they keep in flight, not measured on a GPU.
-BLOCK = 4096  # bytes of a block for 4 warps, two accesses of 16 bytes a thread; longer rows have more warps
-LONGEST = 4 * BLOCK  # bytes of a row that is one block
+FORWARD_BLOCK = 4096  # bytes for 4 warps: two accesses of 16 bytes a thread; longer rows have more warps
+BACKWARD_BLOCK = 2048  # one of x and one of dy, and those of the next block are on their way
+LONGEST = 16384  # bytes of a row that is one block
 PIECE = 2048  # channels at a time of a longer one
-WARPS = 16  # of the backward pass a processor holds at the same time, with 128 registers a thread: all there are
+WARPS = 20  # of the backward pass that a processor holds at the same time, at up to 96 registers a thread
 
 
 @triton.jit
@@ -146,32 +147,32 @@ def long_backward_kernel(
         tl.debug_barrier()  # what a thread reads of `parts` next may be what another wrote
 
 
-def tile(x: Tensor, block: int = BLOCK) -> tuple[bool, dict[str, int]]:
-    """Whether rows are longer than a block of so many bytes, and what a program takes."""
+def tile(x: Tensor, size: int) -> tuple[bool, dict[str, int]]:
+    """Whether rows are longer than a block, and what a program takes: about `size` bytes."""
     _, length, channels = x.shape
     if channels * x.itemsize > LONGEST:
         return True, {"TOKENS": 1, "CHANNELS": PIECE, "num_warps": 4}
     width = triton.next_power_of_2(channels)
-    height = max(1, min(block // (width * x.itemsize), triton.next_power_of_2(length)))
-    return False, {"TOKENS": height, "CHANNELS": width, "num_warps": max(1, 4 * height * width * x.itemsize // block)}
+    height = max(1, min(size // (width * x.itemsize), triton.next_power_of_2(length)))
+    warps = 4 * height * width * x.itemsize // size
+    return False, {"TOKENS": height, "CHANNELS": width, "num_warps": min(16, max(1, warps))}
 
 
-def scales(scale: Tensor) -> tuple[Tensor, int]:
-    """scale with a contiguous last axis, and the stride between the batch items."""
-    scale = scale if scale.stride(-1) == 1 or scale.shape[-1] == 1 else scale.contiguous()
-    return scale, scale.stride(0) if scale.ndim == 2 else 0
+def dense(scale: Tensor) -> Tensor:
+    """scale with a contiguous last axis. Its first stride leads to the next batch item, if it has one for each."""
+    return scale if scale.stride(-1) == 1 or scale.shape[-1] == 1 else scale.contiguous()
 
 
 def forward(inputs, outputs, params) -> None:
     x, (y,) = tokens(*inputs), outputs
     if not y.numel():
         return
-    scale, scale_item = scales(inputs[1])
+    scale = dense(inputs[1])
     items, length, channels = x.shape
-    long, shape = tile(x)
+    long, shape = tile(x, FORWARD_BLOCK)
     triton_launch.launch(
         long_forward_kernel if long else forward_kernel, items * triton.cdiv(length, shape["TOKENS"]),
-        x, scale, y, length, channels, *x.stride()[:2], scale_item, *params,
+        x, scale, y, length, channels, *x.stride()[:2], scale.stride(0), *params,
         **shape, WIDE=triton_launch.wide_offsets(x, scale, y), moved=2 * y.nbytes,
         trips=(triton.cdiv(channels, PIECE),) * 2 if long else (),
     )  # fmt: skip
@@ -180,11 +181,11 @@ def forward(inputs, outputs, params) -> None:
 def backward(grad_outputs, inputs, saved, grads, params) -> None:
     """Where there are tokens: without any, dscale is zero and dx empty."""
     x, dy = tokens(*inputs), tokens(grad_outputs[0], inputs[1])
-    (scale, scale_item), (dx, dscale) = scales(inputs[1]), grads
+    scale, (dx, dscale) = dense(inputs[1]), grads
     items, length, channels = x.shape
-    long, shape = tile(x, BLOCK * x.itemsize // 4)  # all is held in float32: half as many rows of two bytes
+    long, shape = tile(x, BACKWARD_BLOCK)
     blocks = triton.cdiv(length, shape["TOKENS"])
-    programs = triton_launch.target(x).processors * WARPS // shape["num_warps"]
+    programs = triton_launch.target(x).processors * (WARPS // shape["num_warps"])
     count = max(1, min(blocks, programs // items))  # programs that share an item
     if dscale is None:
         parts = None
@@ -195,7 +196,7 @@ def backward(grad_outputs, inputs, saved, grads, params) -> None:
     pieces = triton.cdiv(channels, PIECE)
     triton_launch.launch(
         long_backward_kernel if long else backward_kernel, items * count,
-        x, scale, dy, dx, parts, length, channels, count, *x.stride()[:2], *dy.stride()[:2], scale_item, *params,
+        x, scale, dy, dx, parts, length, channels, count, *x.stride()[:2], *dy.stride()[:2], scale.stride(0), *params,
         **shape, WIDE=triton_launch.wide_offsets(x, scale, dy, dx),
         trips=(blocks / count, pieces, pieces) if long else (blocks / count,),
         moved=x.nbytes + dy.nbytes + sum(0 if t is None else t.nbytes for t in (dx, parts)),

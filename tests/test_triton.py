@@ -196,13 +196,23 @@ def test_cosine_rope_with_one_output_unused():
             assert torch.equal(got, whole if flow else torch.zeros_like(whole))
 
 
+def test_cosine_rope_reads_no_more_than_a_gradient_needs():
+    q, k, dq, dk = (torch.empty(1, 2, 3, 2, 16, device="meta") for _ in range(4))
+    scale, angles = torch.empty(2, device="meta"), [torch.empty(n, 2, 2, device="meta") for n in (2, 3)]
+    with triton_launch.recorded(H200) as launches:
+        for grads in (None, k, None), (q, None, None), (None, None, scale):
+            cosine_rope_triton.backward((dq, dk), (q, k, scale, *angles), (), grads, ())
+    read = [[any(a is t for a in launch.arguments) for t in (dq, dk)] for launch in launches]
+    assert read == [[False, True], [True, False], [True, False]]
+
+
 # ---- sums over programs, offsets, grids -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole rows", "rows in pieces"])
 def test_the_scales_gradient_is_one_sum_over_any_number_of_programs(pieces, monkeypatch, poisoned):
     """From one program for all blocks of an item to one for each; the same bits twice."""
-    monkeypatch.setattr(ada_rms_norm_triton, "BLOCK", 256)  # two tokens
+    monkeypatch.setattr(ada_rms_norm_triton, "BACKWARD_BLOCK", 256)  # two tokens
     if pieces:
         monkeypatch.setattr(ada_rms_norm_triton, "LONGEST", 32)
         monkeypatch.setattr(ada_rms_norm_triton, "PIECE", 16)
@@ -258,7 +268,7 @@ def test_wide_offsets_are_taken_where_storage_needs_them():
                 machinery.find("ada_rms_norm").forward("triton", (hidden, scale), (x[None],), (1e-6,))
             LINEAR_GEGLU.forward("triton", (x, weight, None), (x.new_empty(rows, 1024),), ())
             q = x.view(-1, 1, 4, 8, 64)
-            inputs = q, q, torch.empty(8, device="meta"), *rope
+            inputs = q, q[:1].expand_as(q), torch.empty(8, device="meta"), *rope
             machinery.find("cosine_rope").forward("triton", inputs, (torch.empty_like(q),) * 2, ())
         assert [launch.constants["WIDE"] for launch in launches] == [wide] * 6
 
@@ -288,7 +298,8 @@ LARGE = {  # one row a program, and 16 of the projection
 def test_more_programs_than_the_short_axes_of_a_grid_take(name, monkeypatch, only_programs, poisoned):
     """Forward and backward: each program's rows are right, and it writes no other."""
     monkeypatch.setattr(geglu_triton, "BLOCK", 1)
-    monkeypatch.setattr(ada_rms_norm_triton, "BLOCK", 8)
+    monkeypatch.setattr(ada_rms_norm_triton, "FORWARD_BLOCK", 8)
+    monkeypatch.setattr(ada_rms_norm_triton, "BACKWARD_BLOCK", 8)
     monkeypatch.setattr(cosine_rope_triton, "TOKENS", 1)
     op = machinery.OPS[name]
     arguments = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in LARGE[name]()]
@@ -443,7 +454,7 @@ def test_the_backends_of_linear_geglu_are_those_of_geglu():
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's, where Φ is 0
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflow in the interpreter, where Φ is 0
 def test_gelu_is_better_than_float32_everywhere():
     """Φ is a fitted polynomial: on a grid as dense as its ripples, and far outside of what it was fitted to."""
     near = torch.linspace(-9, 9, 6001, dtype=torch.float64)
