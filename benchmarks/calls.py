@@ -22,7 +22,9 @@ IDIOMS = {
 
 def backends(op: str, device: str) -> list[str]:
     """Ours, best first, then the peers."""
-    present = [b for b in hdit_kernels.available_backends(op, device) if b != "reference"]
+    interpreted = device == "cpu"  # Triton then is its interpreter, whose time says nothing
+    left_out = {"reference", "triton"} if interpreted else {"reference"}
+    present = [b for b in hdit_kernels.available_backends(op, device) if b not in left_out]
     peers = list(PEERS) if op == ATTENTION and device == "cpu" else []
     return [*present, *peers, *([EAGER] if op in IDIOMS else []), "reference", COMPILED]
 
