@@ -16,23 +16,24 @@ from hdit_kernels.neighborhood_attention_triton_forward import (
     LOG2E,
     angles_at,
     block_of_keys,
+    block_of_strip,
+    block_of_tile,
     class_size,
-    columns_of_strip,
+    columns_of_tile,
     dot,
     extra_tokens,
     heads_at,
     in_window,
     offset,
     pieces,
+    places_of_strip,
     prepared_parts,
     products,
     read,
-    rows_of_strip,
     strip_of_program,
     tile_of_program,
     unless,
     windows_of_tile,
-    wrapped,
 )
 
 # ---- what both passes share -----------------------------------------------------------------------------------------
@@ -177,13 +178,7 @@ def queries_strips(
         factor *= tl.load(cosine_scale + head)
     begin = segment * tiles
     end = tl.minimum(begin + tiles, (height + S.ty - 1) // S.ty)
-    query, key = tl.arange(0, M), tl.arange(0, S.step * S.keys)
-    y, x = query // S.tx, x0 + query % S.tx
-    x_read = tl.minimum(x, width - 1)
-    key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
-    aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
-    below = key_y[None, :] - y[:, None]
-    in_columns = (aside >= 0) & (aside < S.columns)
+    y, x, x_read, key_y, key_x, below, in_columns = places_of_strip(x0, width, S)
     first_place = batch * height * width * heads + head
 
     q_above = tl.zeros([M, WIDTH], S.held)
@@ -202,12 +197,10 @@ def queries_strips(
         write_notes(notes, place, level, delta, level, inside)
         sums = tl.zeros([M, WIDTH], tl.float32)
         for step in tl.range(0, BOTH, num_stages=1):
-            key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
-            keys, low, values, shown = block_of_keys(
-                k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
-            )
-            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
-            column_bias = columns_of_strip(in_columns, shown, S)
+            keys, low, values, row_bias_above, row_bias, column_bias = block_of_strip(
+                k, v, cos, sin, key_mask, tile, step, key_y, key_x, below, in_columns, height, width, batch, head,
+                heads, S,
+            )  # fmt: skip
             logits, weights, dlogits = softmax_gradient(
                 q_above, q_above, dout_above, level_above, delta_above, keys, low, values, row_bias_above, column_bias,
                 factor * LOG2E, S,
@@ -218,12 +211,10 @@ def queries_strips(
             )
             sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         for step in tl.range(BOTH, S.ty // S.step, num_stages=1):
-            key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
-            keys, low, values, shown = block_of_keys(
-                k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
-            )
-            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
-            column_bias = columns_of_strip(in_columns, shown, S)
+            keys, low, values, row_bias_above, row_bias, column_bias = block_of_strip(
+                k, v, cos, sin, key_mask, tile, step, key_y, key_x, below, in_columns, height, width, batch, head,
+                heads, S,
+            )  # fmt: skip
             logits, weights, dlogits = softmax_gradient(
                 here, here, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
             )
@@ -300,21 +291,12 @@ def queries_tiles(
                 )
                 sums = dot(dlogits.to(values.dtype), keys.to(values.dtype), sums, S)
         for across in tl.range(left, right, S.keys, num_stages=1):
-            key_column = across + key % S.keys
-            in_columns = in_window(
-                key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
-            )
-            in_grid = key_column < n_columns
-            key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
+            in_columns, in_grid, key_x = columns_of_tile(across, key, column, column_class, n_columns, S)
             for down in tl.range(top, bottom, S.step, num_stages=1):
-                key_row = down + key // S.keys
-                in_rows = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
-                key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
-                keys, low, values, shown = block_of_keys(
-                    k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows),
+                keys, low, values, row_bias, column_bias = block_of_tile(
+                    k, v, cos, sin, key_mask, down, key, key_x, in_columns, in_grid, row, row_class, n_rows,
                     height, width, batch, head, heads, S,
                 )  # fmt: skip
-                row_bias, column_bias = unless(in_rows), columns_of_strip(in_columns, shown, S)
                 logits, weights, dlogits = softmax_gradient(
                     held, held_low, given, level, delta, keys, low, values, row_bias, column_bias, factor * LOG2E, S
                 )

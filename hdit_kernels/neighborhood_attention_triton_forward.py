@@ -284,8 +284,33 @@ def rows_of_strip(below, S: tl.constexpr):
 
 
 @triton.jit
-def columns_of_strip(in_columns, shown, S: tl.constexpr):
+def columns_seen(in_columns, shown, S: tl.constexpr):
+    """What keys add because of their columns, or because they are masked."""
     return unless(in_columns & shown[None, :] if S.masked else in_columns)
+
+
+@triton.jit
+def places_of_strip(x0, width, S: tl.constexpr):
+    """Of a tile's queries y, x and an x that exists, of a block's keys y and x, and how each key lies to each query."""
+    query, key = tl.arange(0, S.ty * S.tx), tl.arange(0, S.step * S.keys)
+    y, x = query // S.tx, x0 + query % S.tx
+    key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
+    aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
+    return y, x, tl.minimum(x, width - 1), key_y, key_x, key_y[None, :] - y[:, None], (aside >= 0) & (aside < S.columns)
+
+
+@triton.jit
+def block_of_strip(
+    k, v, cos, sin, key_mask, tile, step, key_y, key_x, below, in_columns, height, width, batch, head, heads,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a step of a tile; what they add by rows for the tile above and for it, and by columns."""
+    key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
+    keys, low, values, shown = block_of_keys(
+        k, v, cos, sin, key_mask, key_row, key_x, key_y >= 0, height, width, batch, head, heads, S
+    )
+    row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
+    return keys, low, values, row_bias_above, row_bias, columns_seen(in_columns, shown, S)
 
 
 @triton.jit
@@ -299,13 +324,7 @@ def march(
     M: tl.constexpr = S.ty * S.tx
     WIDTH: tl.constexpr = S.width
     V_WIDTH: tl.constexpr = S.v_width
-    query, key = tl.arange(0, M), tl.arange(0, S.step * S.keys)
-    y, x = query // S.tx, x0 + query % S.tx
-    x_read = tl.minimum(x, width - 1)
-    key_y, key_x = key // S.keys, wrapped(x0 - S.columns // 2 + key % S.keys, width, S.columns)
-    aside = (key % S.keys)[None, :] - (query % S.tx)[:, None]
-    below = key_y[None, :] - y[:, None]
-    in_columns = (aside >= 0) & (aside < S.columns)
+    y, x, x_read, key_y, key_x, below, in_columns = places_of_strip(x0, width, S)
 
     q_above = tl.zeros([M, WIDTH], S.held)
     out_above = tl.zeros([M, V_WIDTH], tl.float32)
@@ -319,37 +338,22 @@ def march(
         total = tl.zeros([M], tl.float32)
         top = tl.zeros([M], tl.float32) + START
         for step in tl.range(0, BOTH, num_stages=1):
-            key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
-            keys, low, values, shown = block_of_keys(
-                k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
-            )
-            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
-            column_bias = columns_of_strip(in_columns, shown, S)
+            keys, low, values, row_bias_above, row_bias, column_bias = block_of_strip(
+                k, v, cos, sin, key_mask, tile, step, key_y, key_x, below, in_columns, height, width, batch, head,
+                heads, S,
+            )  # fmt: skip
             out_above, total_above, top_above = absorb(
-                q_above,
-                q_above,
-                keys,
-                low,
-                values,
-                out_above,
-                total_above,
-                top_above,
-                row_bias_above,
-                column_bias,
-                factor,
-                S,
-                RUNNING,
-            )
+                q_above, q_above, keys, low, values, out_above, total_above, top_above, row_bias_above, column_bias,
+                factor, S, RUNNING,
+            )  # fmt: skip
             sums, total, top = absorb(
                 here, here, keys, low, values, sums, total, top, row_bias, column_bias, factor, S, RUNNING
             )
         for step in tl.range(BOTH, S.ty // S.step, num_stages=1):
-            key_row = wrapped(tile * S.ty + step * S.step - S.rows // 2 + key_y, height, S.rows)
-            keys, low, values, shown = block_of_keys(
-                k, v, cos, sin, key_mask, key_row, key_x, key >= 0, height, width, batch, head, heads, S
-            )
-            row_bias_above, row_bias = rows_of_strip(below + step * S.step, S)
-            column_bias = columns_of_strip(in_columns, shown, S)
+            keys, low, values, row_bias_above, row_bias, column_bias = block_of_strip(
+                k, v, cos, sin, key_mask, tile, step, key_y, key_x, below, in_columns, height, width, batch, head,
+                heads, S,
+            )  # fmt: skip
             sums, total, top = absorb(
                 here, here, keys, low, values, sums, total, top, row_bias, column_bias, factor, S, RUNNING
             )
@@ -376,48 +380,14 @@ def forward_strips(
     else:  # two loops, and not a branch in one: the program that runs is then free of the other
         if tl.abs(factor) > STEEP:
             march(
-                q,
-                k,
-                v,
-                out,
-                lse,
-                cos,
-                sin,
-                key_mask,
-                factor,
-                height,
-                width,
-                batch,
-                head,
-                heads,
-                x0,
-                begin,
-                end,
-                S,
-                True,
-            )
+                q, k, v, out, lse, cos, sin, key_mask, factor, height, width, batch, head, heads, x0, begin, end,
+                S, True,
+            )  # fmt: skip
         else:
             march(
-                q,
-                k,
-                v,
-                out,
-                lse,
-                cos,
-                sin,
-                key_mask,
-                factor,
-                height,
-                width,
-                batch,
-                head,
-                heads,
-                x0,
-                begin,
-                end,
-                S,
-                False,
-            )
+                q, k, v, out, lse, cos, sin, key_mask, factor, height, width, batch, head, heads, x0, begin, end,
+                S, False,
+            )  # fmt: skip
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -457,6 +427,32 @@ def in_window(key, query, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL:
 
 
 @triton.jit
+def columns_of_tile(across, key, column, column_class, n_columns, S: tl.constexpr):
+    """Of keys in columns from `across` on: which the queries see, which exist, and x."""
+    key_column = across + key % S.keys
+    in_columns = in_window(
+        key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
+    )
+    key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
+    return in_columns, key_column < n_columns, key_x
+
+
+@triton.jit
+def block_of_tile(
+    k, v, cos, sin, key_mask, down, key, key_x, in_columns, in_grid, row, row_class, n_rows, height, width, batch, head,
+    heads, S: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of rows from `down` on; what they add by rows and by columns."""
+    key_row = down + key // S.keys
+    in_rows = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
+    key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
+    keys, low, values, shown = block_of_keys(
+        k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows), height, width, batch, head, heads, S
+    )
+    return keys, low, values, unless(in_rows), columns_seen(in_columns, shown, S)
+
+
+@triton.jit
 def forward_tiles(
     q, k, v, extra_k, extra_v, out, lse, cosine_scale, cos, sin, key_mask, scale, height, width, heads, extras,
     S: tl.constexpr,
@@ -490,23 +486,14 @@ def forward_tiles(
                     here, here_low, keys, low, values, sums, total, top, unless(shown[None, :]), 0.0, factor, S, True
                 )
         for across in tl.range(left, right, S.keys, num_stages=1):
-            key_column = across + key % S.keys
-            in_columns = in_window(
-                key_column[None, :], column[:, None], n_columns, S.columns, S.column_stride, S.causal_columns
-            )
-            in_grid = key_column < n_columns
-            key_x = column_class + tl.minimum(key_column, n_columns - 1) * S.column_dilation
+            in_columns, in_grid, key_x = columns_of_tile(across, key, column, column_class, n_columns, S)
             for down in tl.range(top_key, bottom, S.step, num_stages=1):
-                key_row = down + key // S.keys
-                in_rows = in_window(key_row[None, :], row[:, None], n_rows, S.rows, S.row_stride, S.causal_rows)
-                key_y = row_class + tl.minimum(key_row, n_rows - 1) * S.row_dilation
-                keys, low, values, shown = block_of_keys(
-                    k, v, cos, sin, key_mask, key_y, key_x, in_grid & (key_row < n_rows),
+                keys, low, values, row_bias, column_bias = block_of_tile(
+                    k, v, cos, sin, key_mask, down, key, key_x, in_columns, in_grid, row, row_class, n_rows,
                     height, width, batch, head, heads, S,
                 )  # fmt: skip
-                column_bias = columns_of_strip(in_columns, shown, S)
                 sums, total, top = absorb(
-                    here, here_low, keys, low, values, sums, total, top, unless(in_rows), column_bias, factor, S, True
+                    here, here_low, keys, low, values, sums, total, top, row_bias, column_bias, factor, S, True
                 )
         place = batch * height * width * heads + head + offset(y, x, width * heads, heads, S)
         finish(out, lse, place, sums, total, top, inside, S)
