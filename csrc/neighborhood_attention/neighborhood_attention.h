@@ -48,6 +48,18 @@ void neighborhood_attention_forward(const NeighborhoodAttention& args, int threa
 template <class InstructionSet>
 void neighborhood_attention_backward(const NeighborhoodAttentionBackward& args, int threads);
 
+// CUDA. Enqueued on `stream`, a cudaStream_t of `device`; they throw std::runtime_error. The backward pass reads out and lse
+// of the forward pass, and needs a workspace of that many bytes.
+void neighborhood_attention_forward_cuda(const NeighborhoodAttention& args, int device, void* stream);
+int64_t neighborhood_attention_workspace_cuda(const NeighborhoodAttentionBackward& args);
+void neighborhood_attention_backward_cuda(const NeighborhoodAttentionBackward& args, void* workspace, int device,
+                                          void* stream);
+
+// The fast path: marching strips. False, and nothing done, where it does not apply; its workspace is 0 there.
+bool neighborhood_attention_strips_forward_cuda(const NeighborhoodAttention& args, void* stream);
+int64_t neighborhood_attention_strips_workspace_cuda(const NeighborhoodAttentionBackward& args);
+bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBackward& args, void* workspace, void* stream);
+
 #ifndef __CUDACC__  // what both CPU files use
 namespace {
 
