@@ -14,6 +14,8 @@
 // by more than `kSlack`, which is rare: sums are rescaled only then.
 //
 // A NaN or an infinity in k or v may reach queries of its tile that do not see it: a product multiplies it by zero.
+#include <algorithm>
+
 #include "strips.cuh"
 
 namespace hdit {
@@ -23,10 +25,10 @@ using namespace strips;
 
 constexpr float kSlack = 8;  // of logits to base 2: weights <= 2^8, and those of 2^-24 are normal numbers of float16 still
 
-// Logits to base 2 up to which weights need no maximum: sums of exp2(57) times values are float32 numbers, exp2(±14) are
-// float16 numbers.
+// Logits to base 2 up to which weights need no maximum: sums of exp2(57) times values are float32 numbers, exp2(15.5) is a
+// float16 number and exp2(−15.5) almost a normal one.
 template <class T>
-constexpr float kBound = std::is_same_v<T, BFloat16> ? 57.0f : 14.0f;
+constexpr float kBound = std::is_same_v<T, BFloat16> ? 57.0f : 15.5f;
 
 // What a kernel is compiled for. Windows of `window` rows, or `whole` false: up to so many; up to `window` columns.
 template <class Element, bool is_cosine, int dim_, int window_, bool whole_, int tiles_, int warps_>
@@ -441,19 +443,38 @@ __global__ void __launch_bounds__(S::threads, blocks) strips_forward(const Args 
   block.template march<true>(factor);
 }
 
+// `blocks` a multiprocessor.
 template <class S, int blocks>
-void launch(const NeighborhoodAttention& a, int rows, void* stream) {
+void launch(const NeighborhoodAttention& a, void* stream) {
+  const int rows = 56;
   const Args args = args_of(a, kTileColumns * S::warps, rows);
   const int64_t count = int64_t(args.strips) * args.segments * args.heads * a.batch;
   core::launch("strips_forward", strips_forward<S, blocks>, dim3(unsigned(count)), dim3(S::threads), S::bytes(rows), stream, args);
+}
+
+template <class T, bool cosine, int dim>
+void launch_for_window(const NeighborhoodAttention& a, void* stream) {
+  const int rows = int(a.rows.kernel), widest = std::max(rows, int(a.columns.kernel));
+  if (rows == 3 && widest == 3) return launch<Strip<T, cosine, dim, 3, true, 2, 3>, 2>(a, stream);
+  if (rows == 5 && widest == 5) return launch<Strip<T, cosine, dim, 5, true, 2, 3>, 2>(a, stream);
+  if (rows == 7 && widest == 7) return launch<Strip<T, cosine, dim, 7, true, 2, 3>, 2>(a, stream);
+  if (rows == 9) return launch<Strip<T, cosine, dim, 9, true, 2, 2>, 2>(a, stream);
+  if (widest <= 5) return launch<Strip<T, cosine, dim, 5, false, 2, 3>, 2>(a, stream);
+  return launch<Strip<T, cosine, dim, 9, false, 2, 2>, 2>(a, stream);
 }
 
 }  // namespace
 
 bool neighborhood_attention_strips_forward_cuda(const NeighborhoodAttention& a, void* stream) {
   if (!takes(a) || a.dim != 64) return false;
-  const int rows = 56;
-  launch<Strip<BFloat16, true, 64, 7, true, 2, 3>, 2>(a, rows, stream);
+  const bool cosine = a.cosine_scale != nullptr;
+  if (a.dtype == DType::bfloat16) {
+    if (cosine) launch_for_window<BFloat16, true, 64>(a, stream);
+    else launch_for_window<BFloat16, false, 64>(a, stream);
+  } else {
+    if (cosine) launch_for_window<Float16, true, 64>(a, stream);
+    else launch_for_window<Float16, false, 64>(a, stream);
+  }
   return true;
 }
 
