@@ -38,6 +38,34 @@ DEVICE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// ---- functions of more digits than the special function unit has, for float32 --------------------------------------------------
+// 2^x to 2e-8 and a rounding; 0 below 2^−125. The polynomial for |fraction| ≤ 1/2 is Cephes'.
+DEVICE float exp2_exact(float x) {
+  const float rounder = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer, in the low bits
+  const float bounded = x < -125.0f ? -125.0f : x, shifted = bounded + rounder, fraction = bounded - (shifted - rounder);
+  float p = 1.535336188319500e-4f * fraction + 1.339887440266574e-3f;
+  p = p * fraction + 9.618437357674640e-3f;
+  p = p * fraction + 5.550332471162809e-2f;
+  p = p * fraction + 2.402264791363012e-1f;
+  p = p * fraction + 6.931472028550421e-1f;
+  p = p * fraction + 1.0f;
+  return x < -125.0f ? 0.0f : p * core::as_float((core::as_bits(shifted) + 127) << 23);
+}
+// For weights of values in T.
+template <class T>
+DEVICE float weight_of(float logit) {
+  if constexpr (sizeof(T) == 4) return exp2_exact(logit);
+  else return core::exp2(logit);
+}
+DEVICE float rsqrt_exact(float x) {
+  const float y = core::rsqrt(x);
+  return y * (1.5f - 0.5f * x * y * y);
+}
+DEVICE float log2_exact(float x) {
+  const float y = core::log2(x);
+  return y + (x * exp2_exact(-y) - 1.0f) * kLog2e;
+}
+
 // ---- windows along one axis of a class of `size` tokens ----------------------------------------------------------------------
 struct Axis {
   int length, kernel, stride, dilation;
@@ -85,6 +113,19 @@ struct Plan {
   bool alone;     // a query has one key at most, whose weight is 1 whatever rounding says
   float scale;
 };
+
+// What a kernel reads instead of `plan`: with kCommon (heads of 64 features, four at a time, no additional tokens) the compiler
+// knows the sizes, and leaves out what else there could be.
+template <bool kCommon>
+DEVICE Plan known(Plan plan) {
+  if constexpr (kCommon) {
+    plan.dim = plan.v_dim = kFeatures;
+    plan.dim_chunks = plan.v_chunks = plan.chunks = 1;
+    plan.extra = 0;
+    plan.wide = true, plan.alone = false;
+  }
+  return plan;
+}
 
 struct Call {
   NeighborhoodAttentionBackward g;  // of a forward pass: g.forward
@@ -242,7 +283,7 @@ struct Heads {
   DEVICE int feature(int pair, int half, int e) const {
     const int n = 4 * pair + e;
     if (n < 2 * r) return n + half * 2 * r;
-    return r % 2 == 0 ? 8 * pair + 4 * half + e : 2 * n + half;
+    return wide || r % 2 == 0 ? 8 * pair + 4 * half + e : 2 * n + half;
   }
   // Zeros for features that do not exist, and for all of a token that is not shown.
   DEVICE void read(const T* token, int pair, bool shown, Pack<Element, 4> (&x)[2]) const {
@@ -372,12 +413,14 @@ DEVICE void put_lengths(const Brought<T>& brought, uint32_t notes, bool cosine, 
     }
     if (threadIdx.x % 8 != 0) continue;
     if (!first) squares += core::load_shared<float>(note);
-    if (last) squares = !brought.shown[p] ? -1.0f : cosine ? core::rsqrt(squares + kEpsilon) : 1.0f;
+    if (last) squares = !brought.shown[p] ? -1.0f : cosine ? rsqrt_exact(squares + kEpsilon) : 1.0f;
     core::store_shared(note, squares);
   }
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------------------
+DEVICE float dot(const float4& a, const float4& b) { return a.w * b.w + (a.z * b.z + (a.y * b.y + a.x * b.x)); }
+
 // sums[i][j] += ⟨own row i of the thread, other row j⟩ over `pairs` pairs
 DEVICE void multiply(const Thread& thread, uint32_t own, uint32_t other, int pairs, float (&sums)[4][8]) {
   const uint32_t own_row = own + thread.own(0) * kRowBytes, other_row = other + thread.other(0) * kRowBytes;
@@ -385,23 +428,18 @@ DEVICE void multiply(const Thread& thread, uint32_t own, uint32_t other, int pai
   for (int pair = 0; pair < pairs; ++pair) {
     const uint32_t even = own_row + 16 * (pair ^ thread.group), odd = own_row + 16 * (pair ^ thread.group ^ 4);
     const uint32_t from = other_row + 16 * (pair ^ thread.member);
+    float4 a[4][2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float4 a[4];
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        a[i] = core::load_shared<float4>((i % 2 == 0 ? even : odd) + i * 4 * kRowBytes + half * kRowBytes / 2);
+      for (int half = 0; half < 2; ++half)
+        a[i][half] = core::load_shared<float4>((i % 2 == 0 ? even : odd) + i * 4 * kRowBytes + half * kRowBytes / 2);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float4 b = core::load_shared<float4>(from + j * 8 * kRowBytes + half * kRowBytes / 2);
+    for (int j = 0; j < 8; ++j) {
+      const float4 b = core::load_shared<float4>(from + j * 8 * kRowBytes);
+      const float4 c = core::load_shared<float4>(from + j * 8 * kRowBytes + kRowBytes / 2);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums[i][j] += a[i].x * b.x;
-          sums[i][j] += a[i].y * b.y;
-          sums[i][j] += a[i].z * b.z;
-          sums[i][j] += a[i].w * b.w;
-        }
-      }
+      for (int i = 0; i < 4; ++i) sums[i][j] += dot(a[i][0], b) + dot(a[i][1], c);
     }
   }
 }
@@ -475,6 +513,7 @@ uint32_t shared_bytes(const Plan& plan, int tiles);
 // Blocks of a launch whose blocks own tiles of queries or keys of the grid.
 unsigned blocks_of(const Plan& plan, int64_t batch);
 int64_t tiles_of_head(const Plan& plan);
+bool is_common(const Plan& plan);
 std::string describe(const char* name, const NeighborhoodAttention& args);
 
 void forward(const NeighborhoodAttention& args, void* stream);

@@ -1,7 +1,7 @@
 // The backward pass of the general path: no atomics, the same bits every time.
 //
 // 1. queries_kernel, over tiles of queries: dq, the notes of each query, and the parts of cosine_scale's gradient.
-// 2. keys_kernel<false>, over tiles of keys and the queries that see them: dk and dv. keys_kernel<true>: over tiles of
+// 2. keys_kernel, over tiles of keys and the queries that see them: dk and dv. keys_kernel<true>: over tiles of
 //    additional keys and segments of all queries, a sum for each segment; extras_kernel adds these up.
 // 3. scales_kernel adds up the parts of cosine_scale's gradient, in double precision.
 //
@@ -19,11 +19,9 @@ namespace {
 constexpr int kTiles = 5;  // in shared memory: own heads and those of the others, values and dout, weights
 
 // ---- what the passes share -------------------------------------------------------------------------------------------------
-// The chunk that is brought i-th of n: the one whose gradient this block makes comes last, and stays.
-DEVICE int chunk_at(const Block& block, int i, int n) { return (block.chunk + 1 + i) % n; }
-
-// Both products of a tile of queries with one of keys, all chunks: ⟨query, key⟩ and ⟨dout, value⟩. Begins with a barrier and
-// leaves the last chunks of the others in shared memory.
+// Both products of a tile of queries with one of keys, all chunks: ⟨query, key⟩ and ⟨dout, value⟩. Begins with a barrier, and
+// ends with the chunks in shared memory that belong to the gradients of this block. Every block, whichever of these it makes,
+// adds the chunks up in one order: weights of both passes must be the same to the bit for norm to be theirs.
 template <class T>
 struct Products {
   const Plan& plan;
@@ -35,12 +33,12 @@ struct Products {
   const bool* own_mask;
   bool cosine, own_turned;
 
-  DEVICE void bring_own(int heads_chunk, int values_chunk, bool first, bool last) const {
+  DEVICE void bring_own(int heads_chunk, int values_chunk, bool first, bool last, bool lengths) const {
     Brought<T> brought;
     if (heads_chunk >= 0) {
       fetch(brought, own_heads, own, heads_chunk, own_mask, plan.columns.length);
       put(brought, memory.own, own, heads_chunk, own_turned ? memory.own_turns : 0, plan.angles);
-      put_lengths(brought, memory.own_notes, cosine, first, last);
+      if (lengths) put_lengths(brought, memory.own_notes, cosine, first, last);
     }
     if (values_chunk >= 0) {
       fetch(brought, own_values, own, values_chunk, own_mask, plan.columns.length);
@@ -54,23 +52,23 @@ struct Products {
                          bool turned, bool begin, bool needed, float (&products)[4][8], float (&changes)[4][8],
                          const Prepare& prepare) const {
     const int count = larger(plan.dim_chunks, plan.v_chunks);
-    for (int i = 0; i < count; ++i) {
-      const int heads_chunk = i < plan.dim_chunks ? chunk_at(block, i, plan.dim_chunks) : -1;
-      const int values_chunk = i < plan.v_chunks ? chunk_at(block, i, plan.v_chunks) : -1;
+    for (int i = 0; i < count + (count > 1); ++i) {
+      const int chunk = i < count ? i : block.chunk;
+      const int heads_chunk = chunk < plan.dim_chunks ? chunk : -1, values_chunk = chunk < plan.v_chunks ? chunk : -1;
       const bool first = i == 0, last = i == plan.dim_chunks - 1;
       Brought<T> head, value;
       if (heads_chunk >= 0) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
       if (values_chunk >= 0) fetch(value, values, tile, values_chunk, mask, plan.columns.length);
       core::sync_block();
       if (first) prepare();
-      if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last);
+      if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last, i < count);
       if (heads_chunk >= 0) {
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
-        put_lengths(head, memory.other_notes, cosine, first, last);
+        if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
       if (values_chunk >= 0) put(value, memory.other_values, tile, values_chunk, 0, 0);
       core::sync_block();
-      if (!needed) continue;
+      if (!needed || i == count) continue;
       if (heads_chunk >= 0) multiply(thread, memory.own, memory.other, heads.pairs(heads_chunk), products);
       if (values_chunk >= 0 && !plan.alone && heads_have(values))
         multiply(thread, memory.own_values, memory.other_values, values.pairs(values_chunk), changes);
@@ -137,6 +135,7 @@ struct Moments {
 };
 
 // Products become the gradients of logits over the keys' lengths.
+template <class T>
 DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8], Moments& moments, const Thread& thread,
                            const Memory& memory, const Tile& keys, bool everywhere, float factor) {
   float lengths[8];
@@ -151,7 +150,7 @@ DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8]
       const int slot = thread.other(j);
       const bool seen = lengths[j] >= 0.0f && (everywhere || window.holds(keys.row_of(slot), keys.column_of(slot)));
       const float cosine = seen ? products[i][j] * note.w * lengths[j] : 0.0f;
-      const float weight = seen ? core::exp2(cosine * factor - note.x) : 0.0f;
+      const float weight = seen ? weight_of<T>(cosine * factor - note.x) : 0.0f;
       const float change = seen ? weight * (changes[i][j] - note.y) : 0.0f;
       moments.total[i] += weight;
       moments.mean[i] += weight * cosine;
@@ -173,9 +172,9 @@ DEVICE void write_part(float part, const Thread& thread, const Memory& memory, f
   core::store_global(to, sum);
 }
 
-template <class T>
+template <class T, bool kCommon>
 __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
-  const Plan& plan = call.plan;
+  const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
   if (block.empty()) {
@@ -212,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
     multiply_tiles(keys, values, tile, extra ? nullptr : mask, !extra, step == -extra_steps, units.any(), products, changes,
                    [] {});
     if (!units.any()) continue;
-    change_queries(products, changes, moments, thread, memory, tile, extra, factor * kLog2e);
+    change_queries<T>(products, changes, moments, thread, memory, tile, extra, factor * kLog2e);
     put_weights(thread, memory.weights, products);
     core::sync_warp();
     accumulate(thread, memory.weights, memory.other, units, keys.pairs(block.chunk), sums);
@@ -243,6 +242,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
 // ---- over keys -------------------------------------------------------------------------------------------------------------
 // Products become weights, and `changes` the gradients of logits over the queries' lengths. along: of the thread's keys, this
 // lane's sum of these gradients times the cosine.
+template <class T>
 DEVICE void change_keys(float (&products)[4][8], float (&changes)[4][8], float (&along)[4], const Thread& thread,
                         const Memory& memory, const Tile& own, bool everywhere, float factor) {
   float lengths[4];
@@ -257,8 +257,8 @@ DEVICE void change_keys(float (&products)[4][8], float (&changes)[4][8], float (
       const int slot = thread.own(i);
       const bool seen = lengths[i] >= 0.0f && note.w >= 0.0f &&
                         (everywhere || window.holds(own.row_of(slot), own.column_of(slot)));
-      const float cosine = seen ? products[i][j] * lengths[i] * note.w : 0.0f;
-      const float weight = seen ? core::exp2(cosine * factor - note.x) * note.z : 0.0f;
+      const float cosine = seen ? products[i][j] * note.w * lengths[i] : 0.0f;
+      const float weight = seen ? weight_of<T>(cosine * factor - note.x) * note.z : 0.0f;
       const float change = seen ? weight * (changes[i][j] - note.y) : 0.0f;
       along[i] += change * cosine;
       products[i][j] = weight;
@@ -295,9 +295,9 @@ DEVICE void write_sums(const Call& call, const Block& block, int segment, const 
 }
 
 // kExtra: blocks are spread over tiles of additional tokens (columns) and segments (rows), see extras_plan.
-template <class T, bool kExtra>
+template <class T, bool kExtra, bool kCommon>
 __global__ void __launch_bounds__(kThreads, 2) keys_kernel(const Call call) {
-  const Plan& plan = call.plan;
+  const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
   if (!kExtra && block.empty()) return;
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 2) keys_kernel(const Call call) {
     multiply_tiles(queries, douts, tile, nullptr, true, step == begin, units.any(), products, changes,
                    [&] { put_queries(call, block, tile, memory, !kExtra); });
     if (!units.any()) continue;
-    change_keys(products, changes, along, thread, memory, own, kExtra, factor * kLog2e);
+    change_keys<T>(products, changes, along, thread, memory, own, kExtra, factor * kLog2e);
     put_weights(thread, memory.weights, products);
     core::sync_warp();
     if (douts.data != nullptr)
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const auto feature = [&](int f) { return core::to_float(core::load_global<T>(keys.at(0, token) + f)); };
   for (int f = 0; cosine && f < plan.dim; ++f) squares += feature(f) * feature(f);
-  const float length = cosine ? core::rsqrt(squares + kEpsilon) : 1.0f, along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
+  const float length = cosine ? rsqrt_exact(squares + kEpsilon) : 1.0f, along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
   const float factor = factor_of(args, plan, where.head);
   for (int f = threadIdx.x; f < plan.dim; f += kThreads) {
     const float gradient = (sum_at(f) - feature(f) * length * along) * length * factor;
@@ -448,18 +448,20 @@ void launch_all(const NeighborhoodAttentionBackward& g, void* workspace, void* s
   const auto run = [&](const char* name, void (*kernel)(const Call), unsigned blocks) {
     core::launch(describe(name, a), kernel, dim3(blocks), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);
   };
-  run("neighborhood_attention_backward (queries)", queries_kernel<T>, blocks_of(call.plan, a.batch));
+  run("neighborhood_attention_backward (queries)", is_common(call.plan) ? queries_kernel<T, true> : queries_kernel<T, false>,
+      blocks_of(call.plan, a.batch));
   if (g.dcosine_scale != nullptr)
     core::launch(describe("neighborhood_attention_backward (scales)", a), scales_kernel, dim3(unsigned(a.batch * a.heads)),
                  dim3(kThreads), 8 * kThreads, stream, call.parts, tiles_of_head(call.plan),
                  static_cast<float*>(g.dcosine_scale));
   if (g.dk.data != nullptr || g.dv.data != nullptr) {
     call.plan = plan_of(g, most_chunks);
-    run("neighborhood_attention_backward (keys)", keys_kernel<T, false>, blocks_of(call.plan, a.batch));
+    run("neighborhood_attention_backward (keys)", is_common(call.plan) ? keys_kernel<T, false, true> : keys_kernel<T, false, false>,
+        blocks_of(call.plan, a.batch));
   }
   if (!wants_extras(g)) return;
   call.plan = extras_plan(g);
-  run("neighborhood_attention_backward (additional keys)", keys_kernel<T, true>, blocks_of(call.plan, a.batch));
+  run("neighborhood_attention_backward (additional keys)", keys_kernel<T, true, false>, blocks_of(call.plan, a.batch));
   run("neighborhood_attention_backward (sums of additional keys)", extras_kernel<T>,
       unsigned(a.batch * a.heads * a.extra));
 }

@@ -22,6 +22,7 @@ struct Softmax {
 };
 
 // Products become weights, of base-2 logits less the running maximum. everywhere: all queries see all that is not hidden.
+template <class T>
 DEVICE void weigh(Softmax& state, float (&products)[4][8], const Thread& thread, const Memory& memory, const Tile& keys,
                   bool everywhere, float factor) {
   float lengths[8];
@@ -41,13 +42,13 @@ DEVICE void weigh(Softmax& state, float (&products)[4][8], const Thread& thread,
     }
 #pragma unroll
     for (int mask = 1; mask < 8; mask *= 2) highest = larger(core::shuffle_xor(highest, mask), highest);
-    const float shrink = core::exp2(state.top[i] - highest);
+    const float shrink = weight_of<T>(state.top[i] - highest);
     state.top[i] = highest;
     state.total[i] *= shrink;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       state.sums[i][j] *= shrink;
-      products[i][j] = core::exp2(products[i][j] - highest);
+      products[i][j] = weight_of<T>(products[i][j] - highest);
       state.total[i] += products[i][j];
     }
   }
@@ -69,14 +70,14 @@ DEVICE void finish(Softmax& state, const Thread& thread, const Block& block, con
     out.write(out.data, 8 * block.chunk + thread.member, state.sums[i]);
     if (thread.member == 0 && block.chunk == 0)
       core::store_global(static_cast<float*>(args.lse) + number,
-                         total == 0.0f ? -INFINITY : (core::log2(total) + state.top[i]) * kLn2);
+                         total == 0.0f ? -INFINITY : (log2_exact(total) + state.top[i]) * kLn2);
   }
 }
 
 // Registers for three blocks on an SM, as many as the shared memory of an H100 holds.
-template <class T>
+template <class T, bool kCommon>
 __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
-  const Plan& plan = call.plan;
+  const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
   if (block.empty()) return;
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
       if (units.any()) multiply(thread, memory.own, memory.other, keys.pairs(chunk), products);
     }
     if (!units.any()) continue;
-    weigh(state, products, thread, memory, tile, extra, factor);
+    weigh<T>(state, products, thread, memory, tile, extra, factor);
     put_weights(thread, memory.weights, products);
     core::sync_warp();
     accumulate(thread, memory.weights, memory.other_values, units, values.pairs(block.chunk), state.sums);
@@ -194,6 +195,10 @@ int64_t tiles_of_head(const Plan& plan) {
   return int64_t(plan.down) * plan.across * plan.rows.dilation * plan.columns.dilation;
 }
 
+bool is_common(const Plan& plan) {
+  return plan.dim == kFeatures && plan.v_dim == kFeatures && plan.extra == 0 && plan.wide && !plan.alone;
+}
+
 unsigned blocks_of(const Plan& plan, int64_t batch) {
   return unsigned(tiles_of_head(plan) * plan.chunks * plan.heads * batch);
 }
@@ -212,7 +217,9 @@ void forward(const NeighborhoodAttention& args, void* stream) {
   call.plan = plan_of(call.g, [](const Plan& plan) { return plan.v_chunks; });
   if (blocks_of(call.plan, args.batch) == 0) return;
   with_element_type(args.dtype, [&](auto element) {
-    core::launch(describe("neighborhood_attention_forward", args), forward_kernel<decltype(element)>,
+    using T = decltype(element);
+    const auto kernel = is_common(call.plan) ? forward_kernel<T, true> : forward_kernel<T, false>;
+    core::launch(describe("neighborhood_attention_forward", args), kernel,
                  dim3(blocks_of(call.plan, args.batch)), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);
   });
 }
