@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: help setup reproduce test stress bench lint sanitize cuda-check triton-check clean
+.PHONY: help setup reproduce test emulated stress bench lint sanitize cuda-check triton-check clean
 
 help:
 	@echo "make reproduce    set up, check every op, print the FLOP table, draw the scaling plots, time the ops"
@@ -32,10 +32,17 @@ reproduce: setup
 		-k "float32 and (64x64 or 4096x) and not products or 128x128 and sampling and B/4" --disable-warnings
 	@echo "plots: runs/scaling/*.png   tables: runs/flops.csv runs/benchmarks/*.csv"
 
-test: setup
+test: setup emulated
 	$(RUN) -m pytest
 
-stress: setup
+# The CUDA kernels as a module that runs on a CPU, for tests (csrc/emulation.h); never part of the package.
+emulated: setup
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/emulated -G Ninja -DHDIT_EMULATION=ON -DCMAKE_BUILD_TYPE=None \
+		-DPython_EXECUTABLE=$(abspath $(RUN)) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/emulated >build/emulated.log || { cat build/emulated.log; exit 1; }
+	PATH=$(abspath $(BIN)):$$PATH cmake --build build/emulated
+
+stress: setup emulated
 	$(RUN) -m pytest tests/test_window.py --hypothesis-profile stress
 
 bench: setup

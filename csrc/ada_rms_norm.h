@@ -38,6 +38,6 @@ void ada_rms_norm_backward(const AdaRmsNormBackward& args, int threads);
 void ada_rms_norm_forward_cuda(const AdaRmsNormForward& args, int device, void* stream);
 // workspace: ada_rms_norm_backward_workspace_cuda(…) bytes of device memory, unused when dscale is null.
 void ada_rms_norm_backward_cuda(const AdaRmsNormBackward& args, void* workspace, int device, void* stream);
-int64_t ada_rms_norm_backward_workspace_cuda(int64_t batch, int64_t tokens, int64_t channels, DType dtype);
+int64_t ada_rms_norm_backward_workspace_cuda(int64_t batch, int64_t tokens, int64_t channels);
 
 }  // namespace hdit

@@ -7,6 +7,9 @@ namespace {
 // A row that fits is held in registers between the statistic and the result: kPacks accesses of N elements per thread.
 constexpr int kPacks = 4;
 
+// Bytes of shared memory that sums over a row need: two floats of each warp.
+constexpr int kSumsBytes = 2 * kBlock / 32 * sizeof(float);
+
 // dscale is a sum over tokens: units of rows are summed apart, then in order. Units depend on the shape alone.
 constexpr int64_t kUnits = 2048;
 constexpr int64_t kRowsPerUnit = 16;
@@ -25,11 +28,15 @@ Units units_for(int64_t batch, int64_t tokens, bool shared) {
   return {groups, group_rows, rows, ceil_div(group_rows, rows)};
 }
 
+template <class T>
+DEVICE float value(const T* x, int64_t at) {
+  return core::to_float(core::load_global<T>(x + at));
+}
+
 // `width` threads share a row, a block has kBlock / width rows at a time.
 template <class T, int N>
 __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_kernel(AdaRmsNormForward args, int width) {
-  using C = Compute<T>;
-  __shared__ C shared[kBlock / 32];
+  const uint32_t shared = core::dynamic_shared();
   const int lane = threadIdx.x % width, row_in_block = threadIdx.x / width, rows_in_block = kBlock / width;
   const int64_t rows = args.batch * args.tokens;
   for (int64_t first = int64_t(blockIdx.x) * rows_in_block; first < rows; first += int64_t(gridDim.x) * rows_in_block) {
@@ -38,18 +45,18 @@ __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_kernel(AdaRmsNorm
     const int64_t sample = row / args.tokens, token = row % args.tokens;
     const T* x = static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * args.x_token_stride;
     Pack<T, N> packs[kPacks];
-    C squares[1] = {0};
+    float squares[1] = {0};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const int64_t column = int64_t(lane + k * width) * N;
       if (!valid || column >= args.channels) continue;
       packs[k] = load<N>(x + column);
 #pragma unroll
-      for (int i = 0; i < N; ++i) squares[0] += to_compute(packs[k].lane[i]) * to_compute(packs[k].lane[i]);
+      for (int i = 0; i < N; ++i) squares[0] += core::to_float(packs[k].lane[i]) * core::to_float(packs[k].lane[i]);
     }
     sum_over_group(squares, width, shared);
-    const C inverse_rms = inverse_sqrt(squares[0] / C(args.channels) + C(args.eps));
-    const C* scale = static_cast<const C*>(args.scale) + sample * args.scale_batch_stride;
+    const float inverse_rms = core::inverse_root(squares[0] / float(args.channels) + float(args.eps));
+    const float* scale = static_cast<const float*>(args.scale) + sample * args.scale_batch_stride;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const int64_t column = int64_t(lane + k * width) * N;
@@ -57,7 +64,7 @@ __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_kernel(AdaRmsNorm
       const auto s = load<N>(scale + column);
 #pragma unroll
       for (int i = 0; i < N; ++i)
-        from_compute(packs[k].lane[i], to_compute(packs[k].lane[i]) * inverse_rms * s.lane[i]);
+        core::from_float(packs[k].lane[i], core::to_float(packs[k].lane[i]) * inverse_rms * s.lane[i]);
       store<N>(static_cast<T*>(args.y) + row * args.channels + column, packs[k]);
     }
   }
@@ -66,18 +73,21 @@ __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_kernel(AdaRmsNorm
 // Any number of channels, any alignment: a block per row, which reads it twice.
 template <class T>
 __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_any_kernel(AdaRmsNormForward args) {
-  using C = Compute<T>;
-  __shared__ C shared[kBlock / 32];
+  const uint32_t shared = core::dynamic_shared();
   for (int64_t row = blockIdx.x; row < args.batch * args.tokens; row += gridDim.x) {
     const int64_t sample = row / args.tokens, token = row % args.tokens;
     const T* x = static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * args.x_token_stride;
-    const C* scale = static_cast<const C*>(args.scale) + sample * args.scale_batch_stride;
-    C squares[1] = {0};
-    for (int64_t c = threadIdx.x; c < args.channels; c += kBlock) squares[0] += to_compute(x[c]) * to_compute(x[c]);
+    const float* scale = static_cast<const float*>(args.scale) + sample * args.scale_batch_stride;
+    float squares[1] = {0};
+    for (int64_t c = threadIdx.x; c < args.channels; c += kBlock) {
+      const float v = value(x, c);
+      squares[0] += v * v;
+    }
     sum_over_group(squares, kBlock, shared);
-    const C inverse_rms = inverse_sqrt(squares[0] / C(args.channels) + C(args.eps));
+    const float inverse_rms = core::inverse_root(squares[0] / float(args.channels) + float(args.eps));
     for (int64_t c = threadIdx.x; c < args.channels; c += kBlock)
-      from_compute(static_cast<T*>(args.y)[row * args.channels + c], to_compute(x[c]) * inverse_rms * scale[c]);
+      core::store_global(static_cast<T*>(args.y) + row * args.channels + c,
+                         core::from_float<T>(value(x, c) * inverse_rms * value(scale, c)));
   }
 }
 
@@ -85,26 +95,24 @@ __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_any_kernel(AdaRms
 // sums (units, channels). Registers hold x, dy and the sums of a thread's columns.
 template <class T, int N>
 __global__ void __launch_bounds__(kBlock)
-    ada_rms_norm_backward_kernel(AdaRmsNormBackward args, Units units, Compute<T>* sums, int width) {
-  using C = Compute<T>;
-  extern __shared__ double dynamic_shared[];  // (rows in a block, width·kPacks·N): dscale of each row slot
-  C* slots = reinterpret_cast<C*>(dynamic_shared);
-  __shared__ C shared[2 * kBlock / 32];
+    ada_rms_norm_backward_kernel(AdaRmsNormBackward args, Units units, float* sums, int width) {
+  // (rows in a block, width·kPacks·N): dscale of each row slot
+  const uint32_t shared = core::dynamic_shared(), slots = shared + kSumsBytes;
   const int lane = threadIdx.x % width, slot = threadIdx.x / width, rows_in_block = kBlock / width;
   const int64_t n = args.channels;
   for (int64_t unit = blockIdx.x; unit < units.groups * units.per_group; unit += gridDim.x) {
     const int64_t group = unit / units.per_group, begin = unit % units.per_group * units.rows;
-    const int64_t end = min(begin + units.rows, units.group_rows);
-    C dscale[kPacks][N] = {};
+    const int64_t end = begin + units.rows < units.group_rows ? begin + units.rows : units.group_rows;
+    float dscale[kPacks][N] = {};
     for (int64_t first = begin; first < end; first += rows_in_block) {
       const bool valid = first + slot < end;
       const int64_t row = group * units.group_rows + first + slot;
       const int64_t sample = row / args.tokens, token = row % args.tokens;
       const T* x_at = static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * args.x_token_stride;
       const T* dy_at = static_cast<const T*>(args.dy) + sample * args.dy_batch_stride + token * args.dy_token_stride;
-      const C* scale = static_cast<const C*>(args.scale) + sample * args.scale_batch_stride;
+      const float* scale = static_cast<const float*>(args.scale) + sample * args.scale_batch_stride;
       Pack<T, N> x[kPacks], dy[kPacks];
-      C totals[2] = {0, 0};  // Σx², Σ dy·scale·x
+      float totals[2] = {0, 0};  // Σx², Σ dy·scale·x
 #pragma unroll
       for (int k = 0; k < kPacks; ++k) {
         const int64_t column = int64_t(lane + k * width) * N;
@@ -114,14 +122,14 @@ __global__ void __launch_bounds__(kBlock)
         const auto s = load<N>(scale + column);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const C v = to_compute(x[k].lane[i]);
+          const float v = core::to_float(x[k].lane[i]);
           totals[0] += v * v;
-          totals[1] += to_compute(dy[k].lane[i]) * s.lane[i] * v;
+          totals[1] += core::to_float(dy[k].lane[i]) * s.lane[i] * v;
         }
       }
       sum_over_group(totals, width, shared);
-      const C inverse_rms = inverse_sqrt(totals[0] / C(n) + C(args.eps));
-      const C along_x = inverse_rms * inverse_rms * totals[1] / C(n);
+      const float inverse_rms = core::inverse_root(totals[0] / float(n) + float(args.eps));
+      const float along_x = inverse_rms * inverse_rms * totals[1] / float(n);
 #pragma unroll
       for (int k = 0; k < kPacks; ++k) {
         const int64_t column = int64_t(lane + k * width) * N;
@@ -129,9 +137,9 @@ __global__ void __launch_bounds__(kBlock)
         const auto s = load<N>(scale + column);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const C v = to_compute(x[k].lane[i]), d = to_compute(dy[k].lane[i]);
+          const float v = core::to_float(x[k].lane[i]), d = core::to_float(dy[k].lane[i]);
           dscale[k][i] += v * d * inverse_rms;
-          from_compute(dy[k].lane[i], (d * s.lane[i] - v * along_x) * inverse_rms);
+          core::from_float(dy[k].lane[i], (d * s.lane[i] - v * along_x) * inverse_rms);
         }
         if (args.dx != nullptr) store<N>(static_cast<T*>(args.dx) + row * n + column, dy[k]);
       }
@@ -145,51 +153,53 @@ __global__ void __launch_bounds__(kBlock)
       if (column >= n) continue;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (rows_in_block == 1) sums[unit * n + column + i] = dscale[k][i];
-        else slots[slot * pitch + column + i] = dscale[k][i];
+        if (rows_in_block == 1) core::store_global(sums + unit * n + column + i, dscale[k][i]);
+        else core::store_shared(slots + (slot * pitch + column + i) * 4, dscale[k][i]);
       }
     }
     if (rows_in_block == 1) continue;
-    __syncthreads();
+    core::sync_block();
     for (int64_t column = threadIdx.x; column < n; column += kBlock) {
-      C sum = 0;
-      for (int r = 0; r < rows_in_block; ++r) sum += slots[r * pitch + column];
-      sums[unit * n + column] = sum;
+      float sum = 0;
+      for (int r = 0; r < rows_in_block; ++r) sum += core::load_shared<float>(slots + (r * pitch + column) * 4);
+      core::store_global(sums + unit * n + column, sum);
     }
-    __syncthreads();
+    core::sync_block();
   }
 }
 
 // Any number of channels, any alignment: a block per unit, which reads each row twice and keeps its sums in memory.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    ada_rms_norm_backward_any_kernel(AdaRmsNormBackward args, Units units, Compute<T>* sums) {
-  using C = Compute<T>;
-  __shared__ C shared[2 * kBlock / 32];
+    ada_rms_norm_backward_any_kernel(AdaRmsNormBackward args, Units units, float* sums) {
+  const uint32_t shared = core::dynamic_shared();
   const int64_t n = args.channels;
   for (int64_t unit = blockIdx.x; unit < units.groups * units.per_group; unit += gridDim.x) {
     const int64_t group = unit / units.per_group, begin = unit % units.per_group * units.rows;
-    const int64_t end = min(begin + units.rows, units.group_rows);
+    const int64_t end = begin + units.rows < units.group_rows ? begin + units.rows : units.group_rows;
     for (int64_t row = group * units.group_rows + begin; row < group * units.group_rows + end; ++row) {
       const int64_t sample = row / args.tokens, token = row % args.tokens;
       const T* x = static_cast<const T*>(args.x) + sample * args.x_batch_stride + token * args.x_token_stride;
       const T* dy = static_cast<const T*>(args.dy) + sample * args.dy_batch_stride + token * args.dy_token_stride;
-      const C* scale = static_cast<const C*>(args.scale) + sample * args.scale_batch_stride;
-      C totals[2] = {0, 0};
+      const float* scale = static_cast<const float*>(args.scale) + sample * args.scale_batch_stride;
+      float totals[2] = {0, 0};
       for (int64_t c = threadIdx.x; c < n; c += kBlock) {
-        totals[0] += to_compute(x[c]) * to_compute(x[c]);
-        totals[1] += to_compute(dy[c]) * scale[c] * to_compute(x[c]);
+        const float v = value(x, c);
+        totals[0] += v * v;
+        totals[1] += value(dy, c) * value(scale, c) * v;
       }
       sum_over_group(totals, kBlock, shared);
-      const C inverse_rms = inverse_sqrt(totals[0] / C(n) + C(args.eps));
-      const C along_x = inverse_rms * inverse_rms * totals[1] / C(n);
+      const float inverse_rms = core::inverse_root(totals[0] / float(n) + float(args.eps));
+      const float along_x = inverse_rms * inverse_rms * totals[1] / float(n);
       for (int64_t c = threadIdx.x; c < n; c += kBlock) {
-        const C v = to_compute(x[c]), d = to_compute(dy[c]);
+        const float v = value(x, c), d = value(dy, c);
         if (args.dx != nullptr)
-          from_compute(static_cast<T*>(args.dx)[row * n + c], (d * scale[c] - v * along_x) * inverse_rms);
+          core::store_global(static_cast<T*>(args.dx) + row * n + c,
+                             core::from_float<T>((d * value(scale, c) - v * along_x) * inverse_rms));
         if (sums != nullptr) {
-          const bool start = row == group * units.group_rows + begin;
-          sums[unit * n + c] = (start ? C(0) : sums[unit * n + c]) + v * d * inverse_rms;
+          float* const sum = sums + unit * n + c;
+          const float before = row == group * units.group_rows + begin ? 0.0f : core::load_own(sum);
+          core::store_global(sum, before + v * d * inverse_rms);
         }
       }
     }
@@ -197,25 +207,25 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 // dscale (groups, channels) = Σ over units of sums (groups, units, channels), in order. 32 columns × 8 slices of units.
-template <class C>
 __global__ void __launch_bounds__(kBlock)
-    ada_rms_norm_dscale_kernel(const C* sums, C* dscale, int64_t groups, int64_t units, int64_t n) {
+    ada_rms_norm_dscale_kernel(const float* sums, float* dscale, int64_t groups, int64_t units, int64_t n) {
   constexpr int kSlices = kBlock / 32;
-  __shared__ C shared[kSlices][33];
+  const uint32_t shared = core::dynamic_shared();
   const int64_t blocks = (n + 31) / 32;
-  const int slice = threadIdx.x / 32;
+  const int slice = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int64_t block = blockIdx.x; block < groups * blocks; block += gridDim.x) {
-    const int64_t group = block / blocks, column = block % blocks * 32 + threadIdx.x % 32;
-    C sum = 0;
+    const int64_t group = block / blocks, column = block % blocks * 32 + lane;
+    float sum = 0;
     if (column < n)
-      for (int64_t u = slice; u < units; u += kSlices) sum += sums[(group * units + u) * n + column];
-    shared[slice][threadIdx.x % 32] = sum;
-    __syncthreads();
+      for (int64_t u = slice; u < units; u += kSlices)
+        sum += core::load_global<float>(sums + (group * units + u) * n + column);
+    core::store_shared(shared + threadIdx.x * 4, sum);
+    core::sync_block();
     if (slice == 0 && column < n) {
-      for (int s = 1; s < kSlices; ++s) sum += shared[s][threadIdx.x];
-      dscale[group * n + column] = sum;
+      for (int s = 1; s < kSlices; ++s) sum += core::load_shared<float>(shared + (s * 32 + lane) * 4);
+      core::store_global(dscale + group * n + column, sum);
     }
-    __syncthreads();
+    core::sync_block();
   }
 }
 
@@ -236,33 +246,30 @@ std::string describe(const char* name, int64_t batch, int64_t tokens, int64_t ch
 }
 
 template <class T>
-void backward(const AdaRmsNormBackward& args, void* workspace, cudaStream_t stream, const std::string& call) {
-  using C = Compute<T>;
+void backward(const AdaRmsNormBackward& args, void* workspace, void* stream, const std::string& call) {
   constexpr int N = kWide<T>;
   const Units units = units_for(args.batch, args.tokens, args.scale_batch_stride == 0);
   const int64_t n = args.channels, blocks = units.groups * units.per_group;
-  C* dscale = static_cast<C*>(args.dscale);
+  float* dscale = static_cast<float*>(args.dscale);
   if (blocks == 0) {  // a sum over no tokens
-    if (dscale != nullptr && units.groups > 0)
-      check(cudaMemsetAsync(dscale, 0, units.groups * n * sizeof(C), stream), call);
+    if (dscale != nullptr && units.groups > 0) core::set_to_zero(dscale, units.groups * n * sizeof(float), stream, call);
     return;
   }
-  C* sums = dscale == nullptr || units.per_group == 1 ? dscale : static_cast<C*>(workspace);
+  float* sums = dscale == nullptr || units.per_group == 1 ? dscale : static_cast<float*>(workspace);
   const bool wide = fits<T>(n) && args.x_batch_stride % N == 0 && args.x_token_stride % N == 0 &&
                     args.dy_batch_stride % N == 0 && args.dy_token_stride % N == 0 && args.scale_batch_stride % N == 0 &&
                     aligned(args.x) && aligned(args.dy) && aligned(args.dx) && aligned(args.scale);
   if (wide) {
     const int width = width_for<T>(n);
-    const size_t shared = width == kBlock ? 0 : kBlock * kPacks * N * sizeof(C);
-    ada_rms_norm_backward_kernel<T, N><<<grid_for(blocks), kBlock, shared, stream>>>(args, units, sums, width);
+    const size_t slots = width == kBlock ? 0 : kBlock * kPacks * N * sizeof(float);
+    core::launch(call, ada_rms_norm_backward_kernel<T, N>, grid_for(blocks), kBlock, kSumsBytes + slots, stream, args, units,
+                 sums, width);
   } else {
-    ada_rms_norm_backward_any_kernel<T><<<grid_for(blocks), kBlock, 0, stream>>>(args, units, sums);
+    core::launch(call, ada_rms_norm_backward_any_kernel<T>, grid_for(blocks), kBlock, kSumsBytes, stream, args, units, sums);
   }
-  check(cudaGetLastError(), call);
   if (sums == dscale) return;
-  ada_rms_norm_dscale_kernel<C>
-      <<<grid_for(units.groups * ceil_div(n, 32)), kBlock, 0, stream>>>(sums, dscale, units.groups, units.per_group, n);
-  check(cudaGetLastError(), call);
+  core::launch(call, ada_rms_norm_dscale_kernel, grid_for(units.groups * ceil_div(n, 32)), kBlock, kBlock * sizeof(float),
+               stream, sums, dscale, units.groups, units.per_group, n);
 }
 
 }  // namespace
@@ -272,7 +279,6 @@ void ada_rms_norm_forward_cuda(const AdaRmsNormForward& args, int device, void* 
   if (rows == 0 || n == 0) return;
   const std::string call = describe("ada_rms_norm_forward", args.batch, args.tokens, n);
   const DeviceGuard guard(device, call);
-  const auto queue = static_cast<cudaStream_t>(stream);
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int N = kWide<T>;
@@ -281,31 +287,29 @@ void ada_rms_norm_forward_cuda(const AdaRmsNormForward& args, int device, void* 
     if (wide) {
       const int width = width_for<T>(n);
       const unsigned grid = grid_for(ceil_div(rows, kBlock / width));
-      ada_rms_norm_forward_kernel<T, N><<<grid, kBlock, 0, queue>>>(args, width);
+      core::launch(call, ada_rms_norm_forward_kernel<T, N>, grid, kBlock, kSumsBytes, stream, args, width);
     } else {
-      ada_rms_norm_forward_any_kernel<T><<<grid_for(rows), kBlock, 0, queue>>>(args);
+      core::launch(call, ada_rms_norm_forward_any_kernel<T>, grid_for(rows), kBlock, kSumsBytes, stream, args);
     }
   });
-  check(cudaGetLastError(), call);
 }
 
 void ada_rms_norm_backward_cuda(const AdaRmsNormBackward& args, void* workspace, int device, void* stream) {
   if (args.channels == 0 || (args.dx == nullptr && args.dscale == nullptr)) return;
   const std::string call = describe("ada_rms_norm_backward", args.batch, args.tokens, args.channels);
   const DeviceGuard guard(device, call);
-  with_element_type(args.dtype, [&](auto element) {
-    backward<decltype(element)>(args, workspace, static_cast<cudaStream_t>(stream), call);
-  });
+  with_element_type(args.dtype,
+                    [&](auto element) { backward<decltype(element)>(args, workspace, stream, call); });
 }
 
-int64_t ada_rms_norm_backward_workspace_cuda(int64_t batch, int64_t tokens, int64_t channels, DType dtype) {
+int64_t ada_rms_norm_backward_workspace_cuda(int64_t batch, int64_t tokens, int64_t channels) {
   int64_t rows = 0;
   for (const bool shared : {false, true}) {
     const Units units = units_for(batch, tokens, shared);
     const int64_t needed = units.per_group > 1 ? units.groups * units.per_group : 0;
     rows = needed > rows ? needed : rows;
   }
-  return rows * channels * int64_t(dtype == DType::float64 ? sizeof(double) : sizeof(float));
+  return rows * channels * int64_t(sizeof(float));
 }
 
 }  // namespace hdit

@@ -34,7 +34,9 @@ struct Avx512Bf16 {};  // and products of pairs of bfloat16
 
 }  // namespace hdit
 
-#ifndef __CUDACC__  // CUDA files want the types above, and take the rest from core.cuh
+#if defined(__CUDACC__) || defined(HDIT_EMULATION)  // CUDA files want the types above, and take the rest from core.cuh
+#define HDIT_DEVICE_CODE
+#else
 
 #include <cmath>
 #include <cstdlib>
@@ -580,4 +582,4 @@ inline void with_element_type(DType dtype, Body body) {
 }  // namespace
 }  // namespace hdit
 
-#endif  // __CUDACC__
+#endif  // HDIT_DEVICE_CODE

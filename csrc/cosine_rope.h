@@ -35,4 +35,10 @@ void cosine_rope_forward(const CosineRopeForward& args, int threads);
 template <class InstructionSet>
 void cosine_rope_backward(const CosineRopeBackward& args, int threads);
 
+// Enqueued on `stream`, a cudaStream_t of `device`. They throw std::runtime_error.
+void cosine_rope_forward_cuda(const CosineRopeForward& args, int device, void* stream);
+// workspace: cosine_rope_backward_workspace_cuda(…) bytes of device memory, unused when dcosine_scale is null.
+void cosine_rope_backward_cuda(const CosineRopeBackward& args, void* workspace, int device, void* stream);
+int64_t cosine_rope_backward_workspace_cuda(const CosineRope& args);
+
 }  // namespace hdit

@@ -4,13 +4,15 @@
 namespace hdit {
 namespace {
 
+constexpr float kHalfLog2e = -0.72134752f;  // exp(−a²/2) = exp2(a²·this)
+
 // Φ(g) from Φ(−a) = exp(−a²/2)·t·P(t), t = 1/(1 + 0.34375·a): P is a minimax fit of relative error 2e-8 for 0 <= a <= 13.3.
 // From there on Φ(−a) is below the smallest normal number and taken for 0. The tail keeps its digits, where (1 + erf)/2 would
 // cancel.
-__device__ inline float normal_cdf(float g) {
+DEVICE float normal_cdf(float g) {
   constexpr float kTailEnd = 13.28f;
   const float a = fabsf(g);
-  const float t = __fdividef(1.0f, 1.0f + 0.34375f * a);
+  const float t = core::reciprocal(1.0f + 0.34375f * a);
   float p = t * -0.02814844250679016f + 0.14540769159793854f;
   p = p * t + -0.2747459411621094f;
   p = p * t + 0.19417200982570648f;
@@ -19,14 +21,12 @@ __device__ inline float normal_cdf(float g) {
   p = p * t + 0.11654485017061234f;
   p = p * t + 0.1375674456357956f;
   p = p * t + 0.13711832463741302f;
-  const float tail = a >= kTailEnd ? 0.0f : __expf(-0.5f * a * a) * t * p;  // NaN is not the end
+  const float tail = a >= kTailEnd ? 0.0f : core::exp2(a * a * kHalfLog2e) * t * p;  // NaN is not the end
   return g < 0.0f ? tail : 1.0f - tail;
 }
-__device__ inline double normal_cdf(double g) { return 0.5 * erfc(g * -0.70710678118654752440); }
 
 // φ(g)
-__device__ inline float normal_density(float g) { return __expf(-0.5f * g * g) * 0.3989422804f; }
-__device__ inline double normal_density(double g) { return 0.39894228040143267794 * exp(-0.5 * g * g); }
+DEVICE float normal_density(float g) { return core::exp2(g * g * kHalfLog2e) * 0.3989422804f; }
 
 // A block covers blockDim.y rows with blockDim.x threads each; blockIdx.y shares out the columns of long rows. N elements
 // an access: 16 bytes where every row allows it, else one element.
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kBlock) geglu_forward_kernel(GegluForward args
       Pack<T, N> out;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const auto g = to_compute(gate.lane[i]);
-        from_compute(out.lane[i], to_compute(value.lane[i]) * (g * normal_cdf(g)));
+        const float g = core::to_float(gate.lane[i]);
+        core::from_float(out.lane[i], core::to_float(value.lane[i]) * (g * normal_cdf(g)));
       }
       store<N>(y + row * args.n + column, out);
     }
@@ -66,20 +66,16 @@ __global__ void __launch_bounds__(kBlock) geglu_backward_kernel(GegluBackward ar
       Pack<T, N> dvalue, dgate;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const auto g = to_compute(gate.lane[i]), d = to_compute(gradient.lane[i]);
-        const auto cdf = normal_cdf(g);
-        from_compute(dvalue.lane[i], d * (g * cdf));
-        from_compute(dgate.lane[i], d * to_compute(value.lane[i]) * (cdf + g * normal_density(g)));
+        const float g = core::to_float(gate.lane[i]), d = core::to_float(gradient.lane[i]);
+        const float cdf = normal_cdf(g);
+        core::from_float(dvalue.lane[i], d * (g * cdf));
+        core::from_float(dgate.lane[i], d * core::to_float(value.lane[i]) * (cdf + g * normal_density(g)));
       }
       store<N>(dx + row * 2 * args.n + column, dvalue);
       store<N>(dx + row * 2 * args.n + args.n + column, dgate);
     }
   }
 }
-
-// Elements of an access. float64 has one: two at a time spill around the calls that its erfc and exp make.
-template <class T>
-constexpr int kAccess = sizeof(T) == sizeof(double) ? 1 : kWide<T>;
 
 struct Launch {
   dim3 grid, block;
@@ -107,13 +103,12 @@ void geglu_forward_cuda(const GegluForward& args, int device, void* stream) {
   const DeviceGuard guard(device, call);
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    constexpr int N = kAccess<T>;
+    constexpr int N = kWide<T>;
     const bool wide = args.n % N == 0 && args.x_row_stride % N == 0 && aligned(args.x) && aligned(args.y);
     const Launch launch = launch_for(args.rows, wide ? args.n / N : args.n);
     const auto kernel = wide ? geglu_forward_kernel<T, N> : geglu_forward_kernel<T, 1>;
-    kernel<<<launch.grid, launch.block, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    core::launch(call, kernel, launch.grid, launch.block, 0, stream, args);
   });
-  check(cudaGetLastError(), call);
 }
 
 void geglu_backward_cuda(const GegluBackward& args, int device, void* stream) {
@@ -122,14 +117,13 @@ void geglu_backward_cuda(const GegluBackward& args, int device, void* stream) {
   const DeviceGuard guard(device, call);
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    constexpr int N = kAccess<T>;
+    constexpr int N = kWide<T>;
     const bool wide = args.n % N == 0 && args.x_row_stride % N == 0 && args.dy_row_stride % N == 0 && aligned(args.x) &&
                       aligned(args.dy) && aligned(args.dx);
     const Launch launch = launch_for(args.rows, wide ? args.n / N : args.n);
     const auto kernel = wide ? geglu_backward_kernel<T, N> : geglu_backward_kernel<T, 1>;
-    kernel<<<launch.grid, launch.block, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    core::launch(call, kernel, launch.grid, launch.block, 0, stream, args);
   });
-  check(cudaGetLastError(), call);
 }
 
 }  // namespace hdit

@@ -77,10 +77,10 @@ def forward(backend: str, inputs, outputs, params) -> None:
 
         return ada_rms_norm_triton.forward(inputs, outputs, params)
     x, scale = tokens(*inputs), wide(inputs[1], inputs[0])
-    run = extension.function(backend, "ada_rms_norm_forward")
     pointers = x.data_ptr(), scale.data_ptr(), outputs[0].data_ptr()
     strides = *x.stride()[:2], scale.stride(0) if scale.ndim == 2 else 0
-    run(*pointers, *x.shape, *strides, *params, extension.dtype(x), *extension.place(backend, x))
+    arguments = *pointers, *x.shape, *strides, *params, extension.dtype(x)
+    extension.run(backend, "ada_rms_norm_forward", arguments, (x, scale, outputs[0]))
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
@@ -94,21 +94,12 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
 
         return ada_rms_norm_triton.backward(grad_outputs, inputs, saved, grads, params)
     x, dy, scale = tokens(*inputs), tokens(grad_outputs[0], inputs[1]), wide(inputs[1], inputs[0])
-    run = extension.function(backend, "ada_rms_norm_backward")
     target = dscale if dscale is None or dscale.dtype is scale.dtype else torch.empty_like(scale)
-    pointers = [
-        x.data_ptr(),
-        scale.data_ptr(),
-        dy.data_ptr(),
-        *(0 if g is None else g.data_ptr() for g in (dx, target)),
-    ]
-    place = extension.place(backend, x)
-    if backend == "cuda":
-        size = extension.function(backend, "ada_rms_norm_backward_workspace")(*x.shape, extension.dtype(x))
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        place = workspace.data_ptr(), *place
+    tensors = x, scale, dy, dx, target
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
     strides = *x.stride()[:2], *dy.stride()[:2], scale.stride(0) if scale.ndim == 2 else 0
-    run(*pointers, *x.shape, *strides, *params, extension.dtype(x), *place)
+    arguments = *pointers, *x.shape, *strides, *params, extension.dtype(x)
+    extension.run(backend, "ada_rms_norm_backward", arguments, tensors)
     if target is not dscale:
         dscale.copy_(target)
 

@@ -173,9 +173,9 @@ def forward(backend: str, inputs, outputs, params) -> None:
         from hdit_kernels import cosine_rope_triton
 
         return cosine_rope_triton.forward(inputs, outputs, params)
-    arguments, _alive = native_arguments(*inputs)
-    run = extension.function(backend, "cosine_rope_forward")
-    run(*arguments, *(t.data_ptr() for t in outputs), *extension.place(backend, inputs[0]))
+    arguments, tensors = native_arguments(*inputs)
+    arguments = *arguments, *(t.data_ptr() for t in outputs)
+    extension.run(backend, "cosine_rope_forward", arguments, (*tensors, *outputs))
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
@@ -194,13 +194,14 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
         from hdit_kernels import cosine_rope_triton
 
         return cosine_rope_triton.backward(grad_outputs, inputs, saved, (dq, dk, dscale), params)
-    arguments, _alive = native_arguments(*inputs)
+    arguments, tensors = native_arguments(*inputs)
     dq_prepared, dk_prepared = (dense(g) for g in grad_outputs)
     wide = torch.promote_types(inputs[0].dtype, torch.float32)
     target = dscale if dscale is None or dscale.dtype is wide else torch.empty_like(dscale, dtype=wide)
-    run = extension.function(backend, "cosine_rope_backward")
     addresses = [0 if g is None else g.data_ptr() for g in (dq, dk, target)]
-    run(*arguments, placed(dq_prepared), placed(dk_prepared), *addresses, *extension.place(backend, inputs[0]))
+    arguments = *arguments, placed(dq_prepared), placed(dk_prepared), *addresses
+    tensors = *tensors, dq_prepared, dk_prepared, dq, dk, target
+    extension.run(backend, "cosine_rope_backward", arguments, tensors)
     if target is not dscale:
         dscale.copy_(target)
 
@@ -215,7 +216,7 @@ COSINE_ROPE = op.Op(
     reference=reference,
     allocate=allocate,
     macs=lambda *arguments: (0, 0),  # no matrix product
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
     forward=forward,
     backward=backward,
     declines=lambda backend, q, *others: extension.declines_float64(backend, q),

@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,27 +15,50 @@ except ImportError as error:  # built, but for another Python or C++ runtime: sa
     module, missing = None, f"the compiled extension hdit_kernels._C does not load: {error}"
     warnings.warn(f"hdit_kernels: {missing}; the PyTorch reference serves instead", stacklevel=2)
 
+# The CUDA kernels executed on a CPU (csrc/emulation.h), where a test has loaded them: then "cuda" takes CPU tensors too.
+emulated = None
+
 _functions: dict[tuple[str, str], Callable] = {}
 _dtypes = {getattr(torch, name): code for name, code in module.dtypes.items()} if module else {}
-
-
-def function(backend: str, name: str) -> Callable:
-    """`_C.cpu.<name>` or `_C.cuda.<name>`."""
-    key = backend, name
-    if key not in _functions:
-        _functions[key] = getattr(getattr(module, backend), name)
-    return _functions[key]
 
 
 def dtype(x: Tensor) -> int:
     return _dtypes[x.dtype]
 
 
-def place(backend: str, x: Tensor) -> tuple[int, ...]:
-    """The last arguments of every compiled kernel: threads, or device and stream."""
+def run(backend: str, name: str, arguments: Sequence, tensors: Sequence[Tensor | None]) -> None:
+    """Runs `_C.cpu.<name>` or enqueues `_C.cuda.<name>`. tensors: all that the kernel reads and writes; they live until
+    then, and the first one says on which device. What a CUDA kernel wants as workspace `<name>_workspace` tells."""
     if backend == "cpu":
-        return (torch.get_num_threads(),)
+        return function(backend, name)(*arguments, torch.get_num_threads())
+    x = tensors[0]
+    is_emulated = emulated is not None and x.device.type == "cpu"
+    kernels = emulated if is_emulated else module.cuda
+    measure = getattr(kernels, f"{name}_workspace", None)
+    if measure is not None:
+        workspace = torch.empty(measure(*arguments), dtype=torch.uint8, device=x.device)
+        tensors, arguments = (*tensors, workspace), (*arguments, workspace.data_ptr())
+    if is_emulated:
+        emulated.allow([(t.data_ptr(), extent(t)) for t in tensors if t is not None])
+    getattr(kernels, name)(*arguments, *((0, 0) if is_emulated else place(x)))
+
+
+def function(backend: str, name: str) -> Callable:
+    key = backend, name
+    if key not in _functions:
+        _functions[key] = getattr(getattr(module, backend), name)
+    return _functions[key]
+
+
+def place(x: Tensor) -> tuple[int, int]:
+    """Device and stream: the last arguments of every CUDA kernel."""
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def extent(x: Tensor) -> int:
+    """Bytes from the first element to the end of the last one."""
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size() if x.numel() else 0
 
 
 LARGE = 4 << 20  # bytes, from where on an allocator maps memory anew (NumPy advises from here on too)

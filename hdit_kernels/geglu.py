@@ -91,9 +91,8 @@ def forward(backend: str, inputs, outputs, params) -> None:
 
         return geglu_triton.forward(inputs, outputs, params)
     x, y = rows(inputs[0]), outputs[0]
-    run = extension.function(backend, "geglu_forward")
-    n = y.shape[-1]
-    run(x.data_ptr(), y.data_ptr(), x.shape[0], n, x.stride(0), extension.dtype(x), *extension.place(backend, x))
+    arguments = x.data_ptr(), y.data_ptr(), x.shape[0], y.shape[-1], x.stride(0), extension.dtype(x)
+    extension.run(backend, "geglu_forward", arguments, (x, y))
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
@@ -102,10 +101,9 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
 
         return geglu_triton.backward(grad_outputs, inputs, saved, grads, params)
     x, dy, dx = rows(inputs[0]), rows(grad_outputs[0]), grads[0]
-    run = extension.function(backend, "geglu_backward")
     pointers = x.data_ptr(), dy.data_ptr(), dx.data_ptr()
-    place = extension.place(backend, x)
-    run(*pointers, x.shape[0], dy.shape[-1], x.stride(0), dy.stride(0), extension.dtype(x), *place)
+    arguments = *pointers, x.shape[0], dy.shape[-1], x.stride(0), dy.stride(0), extension.dtype(x)
+    extension.run(backend, "geglu_backward", arguments, (x, dy, dx))
 
 
 GEGLU = op.Op(

@@ -280,7 +280,7 @@ def address(x: Tensor | None) -> int:
 
 
 def native_arguments(inputs, outputs, params):
-    """(what the compiled forward pass takes, the tensors that must live until it has run)"""
+    """(what the compiled forward pass takes, the tensors it reads and writes)"""
     q, k, v, cosine_scale, *angles, extra_keys, extra_values, key_mask = inputs
     kernel_size, stride, dilation, is_causal, scale = params
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -295,7 +295,7 @@ def native_arguments(inputs, outputs, params):
     sizes = batch, heads, dim, v.shape[4], r, 0 if extra_keys is None else extra_keys.shape[1]
     windows = [list(w) for w in zip((height, width), kernel_size, stride, dilation, is_causal, strict=True)]
     packed = [placed(t) for t in tokens], [address(t) for t in others], sizes, windows, scale, extension.dtype(q)
-    return packed, (tokens, others)
+    return packed, (*tokens, *others)
 
 
 def forward(backend: str, inputs, outputs, params) -> None:
@@ -303,9 +303,8 @@ def forward(backend: str, inputs, outputs, params) -> None:
         from hdit_kernels import neighborhood_attention_triton
 
         return neighborhood_attention_triton.forward(inputs, outputs, params)
-    arguments, _alive = native_arguments(inputs, outputs, params)
-    run = extension.function(backend, "neighborhood_attention_forward")
-    run(*arguments, *extension.place(backend, inputs[0]))
+    arguments, tensors = native_arguments(inputs, outputs, params)
+    extension.run(backend, "neighborhood_attention_forward", arguments, tensors)
 
 
 def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
@@ -313,14 +312,14 @@ def backward(backend: str, grad_outputs, inputs, saved, grads, params) -> None:
         from hdit_kernels import neighborhood_attention_triton
 
         return neighborhood_attention_triton.backward(grad_outputs, inputs, saved, grads, params)
-    arguments, _alive = native_arguments(inputs, (None, saved[1]), params)
+    arguments, tensors = native_arguments(inputs, saved, params)
     dout, dlse = dense(grad_outputs[0]), grad_outputs[1]
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dcosine_scale, *dextra = grads
     sums = None if dcosine_scale is None else saved[1].new_empty(inputs[0].shape[0], inputs[0].shape[3])
-    run = extension.function(backend, "neighborhood_attention_backward")
-    tokens = [placed(t) for t in (dout, dq, dk, dv, *dextra)]
-    run(*arguments, tokens, address(dlse), address(sums), *extension.place(backend, inputs[0]))
+    tokens = dout, dq, dk, dv, *dextra
+    arguments = *arguments, [placed(t) for t in tokens], address(dlse), address(sums)
+    extension.run(backend, "neighborhood_attention_backward", arguments, (*tensors, *tokens, dlse, sums))
     if dcosine_scale is not None:
         dcosine_scale.copy_(sums.sum(0))
 
@@ -451,7 +450,7 @@ NEIGHBORHOOD_ATTENTION = op.Op(
     reference_backward=reference_backward,
     allocate=allocate,
     macs=macs,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
     forward=forward,
     backward=backward,
     declines=declines,
@@ -486,7 +485,7 @@ NEIGHBORHOOD_ATTENTION_QKVPACKED = op.Op(
     ),
     allocate=_unpacked(allocate),
     macs=lambda qkv, *others: macs(*[(*qkv[:3], *qkv[4:])] * 3, *others),
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
     declines=lambda backend, qkv, *others: declines(backend, *qkv.unbind(3), *others),
     forward=lambda backend, inputs, outputs, params: forward(backend, _unpacked_inputs(inputs), outputs, params),
     backward=lambda backend, grad_outputs, inputs, saved, grads, params: backward(

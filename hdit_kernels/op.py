@@ -143,6 +143,8 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if backend in ("cpu", "cuda") and extension.module is None:
             return extension.missing
+        if backend == "cuda" and device == "cpu" and extension.emulated is not None:
+            return None
         if backend == "cpu":
             return None if device == "cpu" else f"the cpu kernels take CPU tensors, not {device} ones"
         if backend == "cuda" and not hasattr(extension.module, "cuda"):
@@ -162,9 +164,10 @@ class Op:
         return None
 
     def available(self, device: str) -> tuple[str, ...]:
-        """The backends that are present on that type of device, best first; last, if it is on, Triton's interpreter."""
+        """The backends that are present on that type of device, best first; on a CPU last, for tests, those that are
+        interpreted or emulated there."""
         row = BACKENDS.get(device, ("reference",))
-        row += ("triton",) if device == "cpu" else ()
+        row += ("triton", "cuda") if device == "cpu" else ()
         return tuple(b for b in row if self.missing(b, device) is None)
 
     def reasons(self, device: str, arguments: Sequence[Any] = ()) -> dict[str, str | None]:

@@ -163,23 +163,24 @@ def test_more_batches_and_heads_than_a_grid_dimension_takes():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests above run the kernels themselves")
-@pytest.mark.parametrize("name", ["geglu", "ada_rms_norm"])
+@pytest.mark.parametrize("name", ["geglu", "ada_rms_norm", "cosine_rope", "neighborhood_attention"])
 def test_calls_reach_the_cuda_kernels_which_say_what_is_missing(name, monkeypatch):
     """Without a GPU: each call has the arguments that the binding takes, gets to the launch and fails there by name."""
     if not hasattr(extension.module, "cuda"):
         assert machinery.find(name).missing("cuda", "cuda") == "the compiled extension was built without nvcc"
         return
-    monkeypatch.setattr(extension, "place", lambda backend, x: (0, 0))
-    op = machinery.find(name)
-    case = next(c for c in cases.TESTED if c.op == name and x_of(c).numel() and x_of(c).ndim > 2)
-    arguments, _ = case.arguments(torch.float32)
-    inputs, params = arguments[: len(op.inputs)], arguments[len(op.inputs) :]
-    outputs = op.allocate(*arguments)
-    grads = op._empty_grads(inputs, [True] * len(op.gradients))
-    with pytest.raises(RuntimeError, match=f"{name}_forward.*(driver|device)"):
-        op.forward("cuda", inputs, outputs, params)
-    with pytest.raises(RuntimeError, match=f"{name}_backward.*(driver|device)"):
-        op.backward("cuda", outputs, inputs, (), grads, params)
+    runs = []
+    monkeypatch.setattr(extension, "run", lambda backend, *run: runs.append(run))
+    case = next(c for c in cases.TESTED if c.op == name and c.gradients and x_of(c).numel() and x_of(c).ndim > 2)
+    outputs = machinery._tuple(case.run(torch.float32, backend="cuda"))
+    torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+    assert [run[0] for run in runs] == [f"{name}_forward", f"{name}_backward"]
+    for kernel, arguments, _ in runs:
+        workspace = (0,) if kernel.endswith("backward") and name != "geglu" else ()
+        if workspace:
+            assert getattr(extension.module.cuda, f"{kernel}_workspace")(*arguments) >= 0
+        with pytest.raises(RuntimeError, match=f"{kernel}.*(driver|device)"):
+            getattr(extension.module.cuda, kernel)(*arguments, *workspace, 0, 0)
 
 
 def x_of(case):

@@ -60,7 +60,7 @@ bool neighborhood_attention_strips_forward_cuda(const NeighborhoodAttention& arg
 int64_t neighborhood_attention_strips_workspace_cuda(const NeighborhoodAttentionBackward& args);
 bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBackward& args, void* workspace, void* stream);
 
-#ifndef __CUDACC__  // what both CPU files use
+#ifndef HDIT_DEVICE_CODE  // what both CPU files use
 namespace {
 
 constexpr double kEps = 1e-6;  // in the lengths of q and k, as in the reference
