@@ -21,7 +21,9 @@ def load_emulated(folder: Path):
     """The CUDA kernels as a module that runs on a CPU and checks what they do there (csrc/emulation.h)."""
     found = sorted(folder.glob("_emulated*.so"))
     if not found:
-        raise pytest.UsageError(f"{folder} has no module _emulated, which tests run the CUDA kernels with: `make emulated`")
+        raise pytest.UsageError(
+            f"{folder} has no module _emulated, which tests run the CUDA kernels with: `make emulated`"
+        )
     spec = importlib.util.spec_from_file_location("_emulated", found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,7 +31,9 @@ def load_emulated(folder: Path):
 
 
 if not torch.cuda.is_available():
-    extension.emulated = load_emulated(Path(os.environ.get("HDIT_EMULATED", Path(__file__).parent.parent / "build/emulated")))
+    extension.emulated = load_emulated(
+        Path(os.environ.get("HDIT_EMULATED", Path(__file__).parent.parent / "build/emulated"))
+    )
 
 hypothesis.settings.register_profile("fixed", max_examples=200, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("stress", max_examples=10_000, deadline=None)
