@@ -76,6 +76,7 @@ DEVICE float f16_high(uint32_t pair) {
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // x is the same in all lanes: tells the compiler
+DEVICE bool any(bool x) { return __any_sync(~0u, x); }  // of the warp
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
