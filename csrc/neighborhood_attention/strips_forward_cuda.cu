@@ -443,39 +443,72 @@ __global__ void __launch_bounds__(S::threads, blocks) strips_forward(const Args 
   block.template march<true>(factor);
 }
 
-// `blocks` a multiprocessor.
-template <class S, int blocks>
-void launch(const NeighborhoodAttention& a, void* stream) {
-  const int rows = 56;
-  const Args args = args_of(a, kTileColumns * S::warps, rows);
-  const int64_t count = int64_t(args.strips) * args.segments * args.heads * a.batch;
-  core::launch("strips_forward", strips_forward<S, blocks>, dim3(unsigned(count)), dim3(S::threads), S::bytes(rows), stream, args);
+// Rows of a segment: of the numbers of segments that give whole steps, the one whose waves of `at_once` blocks take least. A
+// block costs `more` rows beyond its own: it begins with keys that its neighbour has too.
+int segment_rows(int height, int64_t strips, int64_t at_once, int step, int more, int most_rows) {
+  int best = step;
+  int64_t least_time = INT64_MAX;
+  const int first = (height + most_rows - 1) / most_rows;
+  for (int segments = first; segments < first + 64; ++segments) {
+    const int rows = int(ceil_div(ceil_div(height, segments), step)) * step;
+    const int64_t time = ceil_div(strips * ceil_div(height, rows), at_once) * (rows + more);
+    if (time < least_time) least_time = time, best = rows;
+  }
+  return best;
 }
 
-template <class T, bool cosine, int dim>
-void launch_for_window(const NeighborhoodAttention& a, void* stream) {
-  const int rows = int(a.rows.kernel), widest = std::max(rows, int(a.columns.kernel));
-  if (rows == 3 && widest == 3) return launch<Strip<T, cosine, dim, 3, true, 2, 3>, 2>(a, stream);
-  if (rows == 5 && widest == 5) return launch<Strip<T, cosine, dim, 5, true, 2, 3>, 2>(a, stream);
-  if (rows == 7 && widest == 7) return launch<Strip<T, cosine, dim, 7, true, 2, 3>, 2>(a, stream);
-  if (rows == 9) return launch<Strip<T, cosine, dim, 9, true, 2, 2>, 2>(a, stream);
-  if (widest <= 5) return launch<Strip<T, cosine, dim, 5, false, 2, 3>, 2>(a, stream);
-  return launch<Strip<T, cosine, dim, 9, false, 2, 2>, 2>(a, stream);
+// `blocks`: on a multiprocessor at once.
+template <class S, int blocks>
+bool launch(const NeighborhoodAttention& a, void* stream) {
+  // Up to what blocks may share; where that is less than on sm_90, fewer run at once.
+  const int64_t most_bytes = std::min<int64_t>(core::most_shared_bytes(), (228 << 10) / blocks - 1024);
+  const int most_rows = int((most_bytes - S::bytes(0)) / S::table_bytes / S::step) * S::step;
+  if (most_rows < S::step) return false;
+  const int64_t strips = ceil_div(a.columns.length, kTileColumns * S::warps) * a.heads * a.batch;
+  const int rows = segment_rows(int(a.rows.length), strips, int64_t(core::multiprocessors()) * blocks, S::step, S::live + S::step, most_rows);
+  const Args args = args_of(a, kTileColumns * S::warps, rows);
+  if (strips * args.segments > INT32_MAX) return false;
+  const std::string call = "neighborhood_attention_strips_forward of q (" + std::to_string(a.batch) + ", " +
+                           std::to_string(a.rows.length) + ", " + std::to_string(a.columns.length) + ", " +
+                           std::to_string(a.heads) + ", " + std::to_string(a.dim) + ")";
+  core::launch(call, strips_forward<S, blocks>, dim3(unsigned(strips * args.segments)), dim3(S::threads), S::bytes(rows), stream,
+               args);
+  return true;
+}
+
+// What is compiled: kernels that take any number of rows up to 5 or 9, and for what is common such of exactly that many.
+template <class T, bool cosine>
+bool launch_for_shape(const NeighborhoodAttention& a, void* stream) {
+  constexpr bool common = cosine && std::is_same_v<T, BFloat16>;
+  const int64_t rows = a.rows.kernel, widest = std::max(rows, a.columns.kernel);
+  if (a.dim == 64) {
+    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 64, 7, true, 2, 3>, 2>(a, stream);
+    if constexpr (common) {
+      if (rows == 3 && widest == 3) return launch<Strip<T, cosine, 64, 3, true, 2, 4>, 2>(a, stream);
+      if (rows == 5 && widest == 5) return launch<Strip<T, cosine, 64, 5, true, 2, 3>, 2>(a, stream);
+      if (rows == 9) return launch<Strip<T, cosine, 64, 9, true, 2, 2>, 2>(a, stream);
+    }
+    if (widest <= 5) return launch<Strip<T, cosine, 64, 5, false, 2, 3>, 2>(a, stream);
+    return launch<Strip<T, cosine, 64, 9, false, 2, 2>, 2>(a, stream);
+  }
+  if (a.dim == 32) {
+    if constexpr (common)
+      if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 32, 7, true, 2, 4>, 2>(a, stream);
+    return launch<Strip<T, cosine, 32, 9, false, 2, 4>, 2>(a, stream);
+  }
+  if constexpr (common)
+    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 128, 7, true, 1, 2>, 2>(a, stream);
+  return launch<Strip<T, cosine, 128, 9, false, 1, 2>, 1>(a, stream);
 }
 
 }  // namespace
 
 bool neighborhood_attention_strips_forward_cuda(const NeighborhoodAttention& a, void* stream) {
-  if (!takes(a) || a.dim != 64) return false;
-  const bool cosine = a.cosine_scale != nullptr;
-  if (a.dtype == DType::bfloat16) {
-    if (cosine) launch_for_window<BFloat16, true, 64>(a, stream);
-    else launch_for_window<BFloat16, false, 64>(a, stream);
-  } else {
-    if (cosine) launch_for_window<Float16, true, 64>(a, stream);
-    else launch_for_window<Float16, false, 64>(a, stream);
-  }
-  return true;
+  if (!takes(a) || (a.dim != 32 && a.dim != 64 && a.dim != 128)) return false;
+  if (a.batch == 0 || a.heads == 0) return true;
+  if (a.dtype == DType::bfloat16)
+    return a.cosine_scale ? launch_for_shape<BFloat16, true>(a, stream) : launch_for_shape<BFloat16, false>(a, stream);
+  return a.cosine_scale ? launch_for_shape<Float16, true>(a, stream) : launch_for_shape<Float16, false>(a, stream);
 }
 
 }  // namespace hdit
