@@ -327,8 +327,11 @@ struct Block {
     const Seen<running> seen(g, t, args.window_columns);
     // Of a warp's 16 columns of keys the last ones, seen by no query, are not there at the strip's end: others stand in.
     const bool last = warp == S::warps - 1;
-    const int key_column = kTileColumns * warp + (lane & 15) - (last && (lane & 15) >= 7 + S::window ? 8 : 0);
-    const int at = key_column * S::token_bytes + ((lane >> 4) ^ swizzle<dim>(lane & 7)) * 16;
+    const auto place_in_row = [&](int column, int chunk) {
+      const int key_column = kTileColumns * warp + column - (last && column >= 7 + S::window ? 8 : 0);
+      return key_column * S::token_bytes + (chunk ^ swizzle<dim>(lane & 7)) * 16;
+    };
+    const int key_at = place_in_row((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1), value_at = S::values_at + place_in_row(lane & 15, lane >> 4);
     const bool active = first_column + kTileColumns * warp < args.width;
 
     core::sync_block();  // the tables
@@ -351,6 +354,8 @@ struct Block {
         uint32_t row = shared + base * S::row_bytes;
 #pragma unroll
         for (int r = 0; r < S::live; ++r) {
+          if (S::whole || r < S::step - 1 + args.window_rows)
+            absorb_row<running>(sums, queries, seen, row + key_at, row + value_at, r, slope);
           if (r == S::rounds_from) {  // meanwhile the next step's keys have come (after the last: what lies there is not read)
             core::copy_async_wait<0>();
             core::sync_warp();
@@ -359,8 +364,6 @@ struct Block {
           for (int n = 0; n < S::rounds_per_row; ++n)
             if (r >= S::rounds_from)
               prepare_key(((r - S::rounds_from) * S::rounds_per_row + n) * (S::threads / 4) + thread / 4, coming, coming_slot);
-          if (S::whole || r < S::step - 1 + args.window_rows)
-            absorb_row<running>(sums, queries, seen, row, at, r, slope);
           if (r % 2 == 1)  // the ring ends after an odd row
             row = row + 2 * S::row_bytes == shared + S::values_at ? shared : row + 2 * S::row_bytes;
         }
@@ -393,16 +396,15 @@ struct Block {
   // Row r of the keys and values that a step sees.
   template <bool running>
   DEVICE void absorb_row(Sums (&sums)[S::tiles], const uint32_t (&queries)[S::tiles][fragments][4],
-                         const Seen<running>& seen, uint32_t row, int at, int r,
+                         const Seen<running>& seen, uint32_t key_row, uint32_t value_row, int r,
                          float slope) const {
     const float zero[4] = {0, 0, 0, 0};
-    const uint32_t here = row + at;
     uint32_t keys[2][words];
 #pragma unroll
     for (int c = 0; c < words; c += 2) {
       uint32_t four[4];
-      core::ldmatrix_x4(four, (here ^ c << 4) + r % 2 * S::row_bytes);
-      keys[0][c] = four[0], keys[1][c] = four[1], keys[0][c + 1] = four[2], keys[1][c + 1] = four[3];
+      core::ldmatrix_x4(four, (key_row ^ c << 4) + r % 2 * S::row_bytes);
+      keys[0][c] = four[0], keys[0][c + 1] = four[1], keys[1][c] = four[2], keys[1][c + 1] = four[3];
     }
     uint32_t weights[S::tiles][4];
 #pragma unroll
@@ -416,7 +418,7 @@ struct Block {
 #pragma unroll
     for (int c = 0; c < words; c += 2) {
       uint32_t values[4];
-      core::ldmatrix_x4_trans(values, (here ^ c << 4) + r % 2 * S::row_bytes + S::values_at);
+      core::ldmatrix_x4_trans(values, (value_row ^ c << 4) + r % 2 * S::row_bytes);
 #pragma unroll
       for (int i = 0; i < S::tiles; ++i) {
         const int offset = r - 2 * i;
