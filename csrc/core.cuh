@@ -325,7 +325,7 @@ namespace core {
 
 template <class... P, class... A>
 void launch(const std::string& call, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*, A... args) {
-  emulation::launch(call, grid, block, shared_bytes, [=] { kernel(args...); });
+  emulation::launch(call, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(args...); });
 }
 
 inline void set_to_zero(void* p, size_t bytes, void*, const std::string&) { std::memset(p, 0, bytes); }

@@ -172,7 +172,8 @@ def test_calls_reach_the_cuda_kernels_which_say_what_is_missing(name, monkeypatc
     runs = []
     monkeypatch.setattr(extension, "run", lambda backend, *run: runs.append(run))
     case = next(c for c in cases.TESTED if c.op == name and c.gradients and x_of(c).numel() and x_of(c).ndim > 2)
-    outputs = machinery._tuple(case.run(torch.float32, backend="cuda"))
+    (x, *others), options = case.arguments(torch.float32)
+    outputs = machinery._tuple(case.function(x.requires_grad_(), *others, **options, backend="cuda"))
     torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
     assert [run[0] for run in runs] == [f"{name}_forward", f"{name}_backward"]
     for kernel, arguments, _ in runs:

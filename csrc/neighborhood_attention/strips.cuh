@@ -117,8 +117,13 @@ inline Args args_of(const NeighborhoodAttention& a, int strip_columns, int rows)
 }
 
 // ---- borders ---------------------------------------------------------------------------------------------------------
-DEVICE int least(int a, int b) { return a < b ? a : b; }
-DEVICE int most(int a, int b) { return a > b ? a : b; }
+#if defined(__CUDACC__)
+#define BOTH __host__ __device__ __forceinline__  // the host cuts the grid by the same rules
+#else
+#define BOTH inline
+#endif
+BOTH int least(int a, int b) { return a < b ? a : b; }
+BOTH int most(int a, int b) { return a > b ? a : b; }
 
 // The row (column) that stands at place i of the unshifted window; beyond what any window sees, some row that exists.
 DEVICE int wrapped(int i, int length, int window) {
@@ -127,8 +132,8 @@ DEVICE int wrapped(int i, int length, int window) {
 }
 
 // The queries whose window holds key i, along one axis.
-DEVICE int first_query(int i, int window) { return i < window ? 0 : i - (window - 1 - window / 2); }
-DEVICE int last_query(int i, int length, int window) { return i >= length - window ? length - 1 : i + window / 2; }
+BOTH int first_query(int i, int window) { return i < window ? 0 : i - (window - 1 - window / 2); }
+BOTH int last_query(int i, int length, int window) { return i >= length - window ? length - 1 : i + window / 2; }
 
 // ---- elements --------------------------------------------------------------------------------------------------------
 // Two 16-bit elements in a word.
