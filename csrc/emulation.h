@@ -76,6 +76,7 @@ struct Settings {
   uint64_t seed = 1;
   bool count = false;
   bool races = true;
+  int multiprocessors = 2;  // of the device, as launchers are told: few, so that small tests have long marches too
 };
 inline Settings settings;
 
