@@ -50,7 +50,7 @@ Layout layout_of(int dim, int warps, int ring, int table_rows, bool scalars) {
   layout.column_table = layout.scalars + (scalars ? round_up(ring * layout.columns * 8, 128) : 0);
   layout.row_table = layout.column_table + layout.columns * (dim / 2);
   layout.sums = layout.row_table + table_rows * (dim / 2);
-  layout.bytes = layout.sums + warps * 16;
+  layout.bytes = layout.sums + kMostWarps * 16;
   return layout;
 }
 
@@ -84,8 +84,8 @@ bool strips_fit(int strips, int columns, int first_strip, int last_strip, int wi
 }
 
 // Cuts the columns into strips of keys, none of whose tiles is seen by queries of more than 16 columns. A tile of which only
-// some keys lie at a border may be; then strips begin before the image, or the last one before it has to. (False: with one
-// tile to a strip there may be no way.)
+// some keys lie at a border may be; then strips begin before the image, or the last one before it has to. (False
+// where there is no way: a window of 9 in 17 columns has a key that all 17 queries see; or strips of one tile.)
 bool cut_columns_of_keys(BackwardArgs& args, int columns) {
   const int width = args.forward.width, window = args.forward.window_columns;
   for (int more = 0; more < 2; ++more)

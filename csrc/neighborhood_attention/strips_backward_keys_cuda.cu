@@ -10,8 +10,6 @@ namespace {
 
 using namespace strips;
 
-constexpr float kTopOfKeys = 15.0f;
-
 // 2 × 8 keys; token g of rows y and y + 1.
 template <int dim>
 struct KeyTile {
@@ -19,22 +17,22 @@ struct KeyTile {
   float inverse_length[2], scale[2], unscale[2];  // scale: a power of two that keeps ds in float16's range
 };
 
-// The largest length of dout and magnitude of delta in the image, of this head.
+// The largest elements of dout and delta in the image, of this head.
 DEVICE Totals totals_of_head(const BackwardArgs& args, const Place& place, uint32_t sums) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const Part* parts = args.parts + (int64_t(place.image) * args.forward.heads + place.head) * args.parts_per_head;
   Totals totals = {};
   for (int i = threadIdx.x; i < args.parts_per_head; i += blockDim.x) {
     const Part part = core::load_global<Part>(parts + i);
-    totals.dout_squared = fmaxf(totals.dout_squared, part.dout_squared);
+    totals.dout = fmaxf(totals.dout, part.dout);
     totals.delta = fmaxf(totals.delta, part.delta);
   }
-  const float own[2] = {max_of_warp(totals.dout_squared), max_of_warp(totals.delta)};
+  const float own[2] = {max_of_warp(totals.dout), max_of_warp(totals.delta)};
   if (threadIdx.x % 32 == 0) core::store_shared<float2>(sums + warp * 8, float2{own[0], own[1]});
   core::sync_block();
   for (int w = 0; w < warps; ++w) {
     const float2 both = core::load_shared<float2>(sums + w * 8);
-    totals.dout_squared = fmaxf(totals.dout_squared, both.x);
+    totals.dout = fmaxf(totals.dout, both.x);
     totals.delta = fmaxf(totals.delta, both.y);
   }
   return totals;
@@ -56,11 +54,8 @@ DEVICE void load_keys(KeyTile<dim>& tile, const BackwardArgs& args, const Place&
     put<dim>(tile.v, half, value);
     tile.scale[half] = tile.unscale[half] = 1;
     if constexpr (std::is_same_v<Held<T, cosine>, Float16>) {
-      float squared = 0;
-#pragma unroll
-      for (int c = 0; c < dim / 8; ++c) squared = dot_of_words<T>(value.word[c], value.word[c], squared);
-      const float most_change = sqrtf(sum_of_token(squared) * totals.dout_squared) + totals.delta;
-      const float exponent = exponent_for(core::log2(most_change), kTopOfKeys);
+      const float largest = max_of_token(largest_of<dim, T>(value, 0.0f));
+      const float exponent = exponent_of_ds<dim>(totals.dout, largest, totals.delta);
       tile.scale[half] = core::exp2(exponent), tile.unscale[half] = core::exp2(-exponent);
     }
   }
@@ -158,7 +153,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
     if (thread % 4 == 1) core::copy_async_4(levels + 4 * at, f.lse + query);
     if (thread % 4 == 2) core::copy_async_4(levels + delta_ring + 4 * at, args.neg_delta + query);
   };
-  const auto scale_level = [&](int at) {
+  const auto scale_level = [&](int at, uint32_t) {
     if (thread % 4 == 1)
       core::store_shared<float>(levels + 4 * at, core::load_shared<float>(levels + 4 * at) * -kLog2E);
   };
