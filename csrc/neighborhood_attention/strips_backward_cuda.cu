@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(32) sum_kernel(const BackwardArgs args) {
 
 // ---- host side -------------------------------------------------------------------------------------------------------
 constexpr int kProcessors = 132;  // of an H200; only to cut the rows into segments
-constexpr int kMostRows = 192;    // of a segment: the tables of more cost the second block on a processor
+// Rows of a segment: more cost the second block on a processor, by their tables; fewer are read as often as not for others.
+constexpr int kMostRows = 192, kLeastRows = 8;
 
 uint32_t round_up(int64_t value, int64_t to) { return uint32_t((value + to - 1) / to * to); }
 
@@ -58,7 +59,7 @@ Layout layout_of(int dim, int warps, int ring, int table_rows, bool scalars) {
 void cut_rows(Args& args, int height, int64_t images) {
   constexpr int64_t kSlots = kBlocksPerProcessor * kProcessors;
   int64_t best = 0;
-  for (int segments = (height + kMostRows - 1) / kMostRows; segments <= (height + kStep - 1) / kStep; ++segments) {
+  for (int segments = (height + kMostRows - 1) / kMostRows; segments <= (height + kLeastRows - 1) / kLeastRows; ++segments) {
     const int rows = int(round_up(ceil_div(height, segments), kStep)), used = (height + rows - 1) / rows;
     const int64_t cost = ceil_div(used * args.strips * images, kSlots) * (rows + args.window_rows);
     if (best == 0 || cost < best) best = cost, args.rows = rows, args.segments = used;

@@ -143,6 +143,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
       if (lane == 0) core::store_shared<float>(largest_at + (step % 2 * kMostWarps + warp) * 4, largest_value);
     }
   };
+  const auto take_largest = [&](int step) {
+    if constexpr (kNarrow)
+#pragma unroll 1
+      for (int w = 0; w < warps; ++w)
+        largest_value = fmaxf(largest_value, core::load_shared<float>(largest_at + (step % 2 * kMostWarps + w) * 4));
+  };
   if (whole) {
     stream.load(stream.first_row, live, 0, nothing_more);
     core::copy_async_commit();
@@ -167,10 +173,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
     const int coming_slot = first_slot + live >= stream.ring ? first_slot + live - stream.ring : first_slot + live;
     const bool more = whole && done + kStep < rows;
     core::sync_block();
-    if (kNarrow && whole)
-      for (int w = 0; w < warps; ++w)
-        largest_value =
-            fmaxf(largest_value, core::load_shared<float>(largest_at + (done / kStep % 2 * kMostWarps + w) * 4));
+    if (whole) take_largest(done / kStep);
     if (more) stream.load(coming, kStep, coming_slot, nothing_more);
     core::copy_async_commit();
     if (active) {
