@@ -103,6 +103,7 @@ py::list take_launches() {
                                           {"units", line.units}, {"ideal", line.ideal}}));
     py::dict entry;
     entry["call"] = launch.call;
+    entry["kernel"] = launch.kernel;
     entry["threads"] = launch.block.x * launch.block.y * launch.block.z;
     entry["shared_bytes"] = launch.shared_bytes;
     entry["counts"] = Counted{{"blocks", c.blocks}, {"barriers", c.barriers}, {"mma", c.mma}, {"mma_fma", c.mma_fma},
@@ -122,15 +123,16 @@ PYBIND11_MODULE(_emulated, m) {
   m.doc() = "The CUDA kernels executed on a CPU, checked and counted: for tests. `device` and `stream` mean nothing.";
   bind_cuda(m);
   m.def("allow", &emulation::allow, "tensors"_a, "What launches may touch from now on, as (address, bytes).");
-  m.def("set", [](const std::string& order, uint64_t seed, bool count, bool races) {
+  m.def("set", [](const std::string& order, uint64_t seed, bool count, bool races, int multiprocessors) {
     const std::map<std::string, emulation::Order> orders = {{"forward", emulation::Order::forward},
                                                             {"reverse", emulation::Order::reverse},
                                                             {"shuffled", emulation::Order::shuffled}};
     if (orders.count(order) == 0)
       throw py::value_error("set: order is '" + order + "', but must be 'forward', 'reverse' or 'shuffled'");
-    emulation::settings = {orders.at(order), seed, count, races};
-  }, "order"_a = "forward", "seed"_a = 1, "count"_a = false, "races"_a = true,
-     "In which order threads run, what shuffles them, whether accesses are counted, whether races are looked for.");
+    emulation::settings = {orders.at(order), seed, count, races, multiprocessors};
+  }, "order"_a = "forward", "seed"_a = 1, "count"_a = false, "races"_a = true, "multiprocessors"_a = 2,
+     "In which order threads run, what shuffles them, whether accesses are counted, whether races are looked for, how many "
+     "multiprocessors launchers see.");
   m.def("take_launches", &take_launches, "What the launches since the last call did, if they were counted.");
 }
 #endif

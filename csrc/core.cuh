@@ -325,10 +325,12 @@ namespace core {
 
 template <class... P, class... A>
 void launch(const std::string& call, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*, A... args) {
-  emulation::launch(call, grid, block, shared_bytes, [=] { kernel(args...); });
+  emulation::launch(call, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(args...); });
 }
 
 inline void set_to_zero(void* p, size_t bytes, void*, const std::string&) { std::memset(p, 0, bytes); }
+inline int multiprocessors() { return emulation::settings.multiprocessors; }
+inline size_t most_shared_bytes() { return emulation::kMostShared; }
 
 }  // namespace core
 
@@ -374,6 +376,16 @@ void launch(const std::string& call, void (*kernel)(P...), dim3 grid, dim3 block
 inline void set_to_zero(void* p, size_t bytes, void* stream, const std::string& call) {
   check(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)), call);
 }
+
+inline int attribute_of_device(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "a question about the device");
+  check(cudaDeviceGetAttribute(&value, which, device), "a question about the device");
+  return value;
+}
+inline int multiprocessors() { return attribute_of_device(cudaDevAttrMultiProcessorCount); }
+// That a block can have.
+inline size_t most_shared_bytes() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 }  // namespace core
 #endif

@@ -327,8 +327,11 @@ struct Block {
     const Seen<running> seen(g, t, args.window_columns);
     // Of a warp's 16 columns of keys the last ones, seen by no query, are not there at the strip's end: others stand in.
     const bool last = warp == S::warps - 1;
-    const int key_column = kTileColumns * warp + (lane & 15) - (last && (lane & 15) >= 7 + S::window ? 8 : 0);
-    const int at = key_column * S::token_bytes + ((lane >> 4) ^ swizzle<dim>(lane & 7)) * 16;
+    const auto place_in_row = [&](int column, int chunk) {
+      const int key_column = kTileColumns * warp + column - (last && column >= 7 + S::window ? 8 : 0);
+      return key_column * S::token_bytes + (chunk ^ swizzle<dim>(lane & 7)) * 16;
+    };
+    const int key_at = place_in_row((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1), value_at = S::values_at + place_in_row(lane & 15, lane >> 4);
     const bool active = first_column + kTileColumns * warp < args.width;
 
     core::sync_block();  // the tables
@@ -351,6 +354,8 @@ struct Block {
         uint32_t row = shared + base * S::row_bytes;
 #pragma unroll
         for (int r = 0; r < S::live; ++r) {
+          if (S::whole || r < S::step - 1 + args.window_rows)
+            absorb_row<running>(sums, queries, seen, row + key_at, row + value_at, r, slope);
           if (r == S::rounds_from) {  // meanwhile the next step's keys have come (after the last: what lies there is not read)
             core::copy_async_wait<0>();
             core::sync_warp();
@@ -359,8 +364,6 @@ struct Block {
           for (int n = 0; n < S::rounds_per_row; ++n)
             if (r >= S::rounds_from)
               prepare_key(((r - S::rounds_from) * S::rounds_per_row + n) * (S::threads / 4) + thread / 4, coming, coming_slot);
-          if (S::whole || r < S::step - 1 + args.window_rows)
-            absorb_row<running>(sums, queries, seen, row, at, r, slope);
           if (r % 2 == 1)  // the ring ends after an odd row
             row = row + 2 * S::row_bytes == shared + S::values_at ? shared : row + 2 * S::row_bytes;
         }
@@ -393,16 +396,15 @@ struct Block {
   // Row r of the keys and values that a step sees.
   template <bool running>
   DEVICE void absorb_row(Sums (&sums)[S::tiles], const uint32_t (&queries)[S::tiles][fragments][4],
-                         const Seen<running>& seen, uint32_t row, int at, int r,
+                         const Seen<running>& seen, uint32_t key_row, uint32_t value_row, int r,
                          float slope) const {
     const float zero[4] = {0, 0, 0, 0};
-    const uint32_t here = row + at;
     uint32_t keys[2][words];
 #pragma unroll
     for (int c = 0; c < words; c += 2) {
       uint32_t four[4];
-      core::ldmatrix_x4(four, (here ^ c << 4) + r % 2 * S::row_bytes);
-      keys[0][c] = four[0], keys[1][c] = four[1], keys[0][c + 1] = four[2], keys[1][c + 1] = four[3];
+      core::ldmatrix_x4(four, (key_row ^ c << 4) + r % 2 * S::row_bytes);
+      keys[0][c] = four[0], keys[0][c + 1] = four[1], keys[1][c] = four[2], keys[1][c + 1] = four[3];
     }
     uint32_t weights[S::tiles][4];
 #pragma unroll
@@ -416,7 +418,7 @@ struct Block {
 #pragma unroll
     for (int c = 0; c < words; c += 2) {
       uint32_t values[4];
-      core::ldmatrix_x4_trans(values, (here ^ c << 4) + r % 2 * S::row_bytes + S::values_at);
+      core::ldmatrix_x4_trans(values, (value_row ^ c << 4) + r % 2 * S::row_bytes);
 #pragma unroll
       for (int i = 0; i < S::tiles; ++i) {
         const int offset = r - 2 * i;
@@ -443,39 +445,72 @@ __global__ void __launch_bounds__(S::threads, blocks) strips_forward(const Args 
   block.template march<true>(factor);
 }
 
-// `blocks` a multiprocessor.
-template <class S, int blocks>
-void launch(const NeighborhoodAttention& a, void* stream) {
-  const int rows = 56;
-  const Args args = args_of(a, kTileColumns * S::warps, rows);
-  const int64_t count = int64_t(args.strips) * args.segments * args.heads * a.batch;
-  core::launch("strips_forward", strips_forward<S, blocks>, dim3(unsigned(count)), dim3(S::threads), S::bytes(rows), stream, args);
+// Rows of a segment: of the numbers of segments that give whole steps, the one whose waves of `at_once` blocks take least. A
+// block costs `more` rows beyond its own: it begins with keys that its neighbour has too.
+int segment_rows(int height, int64_t strips, int64_t at_once, int step, int more, int most_rows) {
+  int best = step;
+  int64_t least_time = INT64_MAX;
+  const int first = (height + most_rows - 1) / most_rows;
+  for (int segments = first; segments < first + 64; ++segments) {
+    const int rows = int(ceil_div(ceil_div(height, segments), step)) * step;
+    const int64_t time = ceil_div(strips * ceil_div(height, rows), at_once) * (rows + more);
+    if (time < least_time) least_time = time, best = rows;
+  }
+  return best;
 }
 
-template <class T, bool cosine, int dim>
-void launch_for_window(const NeighborhoodAttention& a, void* stream) {
-  const int rows = int(a.rows.kernel), widest = std::max(rows, int(a.columns.kernel));
-  if (rows == 3 && widest == 3) return launch<Strip<T, cosine, dim, 3, true, 2, 3>, 2>(a, stream);
-  if (rows == 5 && widest == 5) return launch<Strip<T, cosine, dim, 5, true, 2, 3>, 2>(a, stream);
-  if (rows == 7 && widest == 7) return launch<Strip<T, cosine, dim, 7, true, 2, 3>, 2>(a, stream);
-  if (rows == 9) return launch<Strip<T, cosine, dim, 9, true, 2, 2>, 2>(a, stream);
-  if (widest <= 5) return launch<Strip<T, cosine, dim, 5, false, 2, 3>, 2>(a, stream);
-  return launch<Strip<T, cosine, dim, 9, false, 2, 2>, 2>(a, stream);
+// `blocks`: on a multiprocessor at once.
+template <class S, int blocks>
+bool launch(const NeighborhoodAttention& a, void* stream) {
+  // Up to what blocks may share; where that is less than on sm_90, fewer run at once.
+  const int64_t most_bytes = std::min<int64_t>(core::most_shared_bytes(), (228 << 10) / blocks - 1024);
+  const int most_rows = int((most_bytes - S::bytes(0)) / S::table_bytes / S::step) * S::step;
+  if (most_rows < S::step) return false;
+  const int64_t strips = ceil_div(a.columns.length, kTileColumns * S::warps) * a.heads * a.batch;
+  const int rows = segment_rows(int(a.rows.length), strips, int64_t(core::multiprocessors()) * blocks, S::step, S::live + S::step, most_rows);
+  const Args args = args_of(a, kTileColumns * S::warps, rows);
+  if (strips * args.segments > INT32_MAX) return false;
+  const std::string call = "neighborhood_attention_strips_forward of q (" + std::to_string(a.batch) + ", " +
+                           std::to_string(a.rows.length) + ", " + std::to_string(a.columns.length) + ", " +
+                           std::to_string(a.heads) + ", " + std::to_string(a.dim) + ")";
+  core::launch(call, strips_forward<S, blocks>, dim3(unsigned(strips * args.segments)), dim3(S::threads), S::bytes(rows), stream,
+               args);
+  return true;
+}
+
+// What is compiled: kernels that take any number of rows up to 5 or 9, and for what is common such of exactly that many.
+template <class T, bool cosine>
+bool launch_for_shape(const NeighborhoodAttention& a, void* stream) {
+  constexpr bool common = cosine && std::is_same_v<T, BFloat16>;
+  const int64_t rows = a.rows.kernel, widest = std::max(rows, a.columns.kernel);
+  if (a.dim == 64) {
+    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 64, 7, true, 2, 3>, 2>(a, stream);
+    if constexpr (common) {
+      if (rows == 3 && widest == 3) return launch<Strip<T, cosine, 64, 3, true, 2, 4>, 2>(a, stream);
+      if (rows == 5 && widest == 5) return launch<Strip<T, cosine, 64, 5, true, 2, 3>, 2>(a, stream);
+      if (rows == 9) return launch<Strip<T, cosine, 64, 9, true, 2, 2>, 2>(a, stream);
+    }
+    if (widest <= 5) return launch<Strip<T, cosine, 64, 5, false, 2, 3>, 2>(a, stream);
+    return launch<Strip<T, cosine, 64, 9, false, 2, 2>, 2>(a, stream);
+  }
+  if (a.dim == 32) {
+    if constexpr (common)
+      if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 32, 7, true, 2, 4>, 2>(a, stream);
+    return launch<Strip<T, cosine, 32, 9, false, 2, 4>, 2>(a, stream);
+  }
+  if constexpr (common)
+    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 128, 7, true, 1, 2>, 2>(a, stream);
+  return launch<Strip<T, cosine, 128, 9, false, 1, 2>, 1>(a, stream);
 }
 
 }  // namespace
 
 bool neighborhood_attention_strips_forward_cuda(const NeighborhoodAttention& a, void* stream) {
-  if (!takes(a) || a.dim != 64) return false;
-  const bool cosine = a.cosine_scale != nullptr;
-  if (a.dtype == DType::bfloat16) {
-    if (cosine) launch_for_window<BFloat16, true, 64>(a, stream);
-    else launch_for_window<BFloat16, false, 64>(a, stream);
-  } else {
-    if (cosine) launch_for_window<Float16, true, 64>(a, stream);
-    else launch_for_window<Float16, false, 64>(a, stream);
-  }
-  return true;
+  if (!takes(a) || (a.dim != 32 && a.dim != 64 && a.dim != 128)) return false;
+  if (a.batch == 0 || a.heads == 0) return true;
+  if (a.dtype == DType::bfloat16)
+    return a.cosine_scale ? launch_for_shape<BFloat16, true>(a, stream) : launch_for_shape<BFloat16, false>(a, stream);
+  return a.cosine_scale ? launch_for_shape<Float16, true>(a, stream) : launch_for_shape<Float16, false>(a, stream);
 }
 
 }  // namespace hdit
