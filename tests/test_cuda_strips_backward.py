@@ -140,7 +140,7 @@ def test_random_geometries(poisoned):
     for seed in range(10):
         kernel = draw.randint(2, 9), draw.randint(2, 9)
         grid = draw.choice((1, 1, 2)), kernel[0] + draw.randint(0, 16), kernel[1] + draw.randint(0, 50)
-        options = dict(heads=draw.choice((1, 2)), dim=draw.choice((32, 64)), cosine=draw.random() < 0.6)
+        options = dict(heads=draw.choice((1, 2)), dim=draw.choice((32, 64, 128)), cosine=draw.random() < 0.6)
         options |= dict(rope=draw.random() < 0.5, layout=draw.choice(("plain", "packed", "heads first", "expanded")))
         Problem(grid, kernel, draw.choice(DTYPES), **options, with_dlse=draw.random() < 0.5, seed=seed).check()
 
@@ -246,14 +246,14 @@ def test_a_nan_does_not_reach_distant_tokens(poisoned):
 
 @pytest.mark.skipif(extension.emulated is None, reason="the emulation records which kernels a call launches")
 def test_which_calls_are_taken():
-    """Strips serve windows of 2 to 9 with heads of 32 and 64 features; others go the general way."""
+    """Strips serve windows of 2 to 9 with heads of 32, 64 and 128 features; others go the general way."""
 
     def kernels(kernel=(7, 7), dim=64, grid=(1, 12, 13), **options):
         extension.emulated.take_launches()
         Problem(grid, kernel, torch.bfloat16, dim=dim, **options).gradients(count=True)
         return [launch["call"].rsplit(", ", 1)[-1] for launch in extension.emulated.take_launches()]
 
-    for options in (dict(), dict(dim=32), dict(cosine=False), dict(rope=False), dict(kernel=(2, 9))):
+    for options in (dict(), dict(dim=32), dict(dim=128), dict(cosine=False), dict(rope=False), dict(kernel=(2, 9))):
         sums = [] if options.get("cosine") is False else ["sum"]
         assert kernels(**options)[1:] == ["queries", "keys", *sums], options
     for options in (dict(dim=16), dict(kernel=(1, 3)), dict(kernel=(11, 7)), dict(kernel=(9, 9), grid=(1, 9, 17))):

@@ -64,7 +64,8 @@ void launch_keys(const BackwardArgs& args, const NeighborhoodAttention& a, const
 template <class Launch>
 void with_kernel_types(const NeighborhoodAttention& a, Launch launch) {
   const auto with_dim = [&](auto element, auto cosine) {
-    if (a.dim == 64) launch(std::integral_constant<int, 64>(), element, cosine);
+    if (a.dim == 128) launch(std::integral_constant<int, 128>(), element, cosine);
+    else if (a.dim == 64) launch(std::integral_constant<int, 64>(), element, cosine);
     else launch(std::integral_constant<int, 32>(), element, cosine);
   };
   const auto with_element = [&](auto cosine) {

@@ -167,7 +167,7 @@ BackwardArgs plan_keys(BackwardArgs args, const NeighborhoodAttentionBackward& a
 bool takes(const NeighborhoodAttentionBackward& a) {
   const NeighborhoodAttention& f = a.forward;
   const auto fits = [&](const Tokens& x) { return x.data == nullptr || strips::takes(x, f); };
-  return strips::takes(f) && (f.dim == 64 || f.dim == 32) && a.dout.data != nullptr && fits(a.dout) && fits(a.dq) &&
+  return strips::takes(f) && (f.dim == 32 || f.dim == 64 || f.dim == 128) && a.dout.data != nullptr && fits(a.dout) && fits(a.dq) &&
          fits(a.dk) && fits(a.dv) && aligned(f.out);
 }
 
