@@ -57,10 +57,6 @@ DEVICE float weight_of(float logit) {
   if constexpr (sizeof(T) == 4) return exp2_exact(logit);
   else return core::exp2(logit);
 }
-DEVICE float rsqrt_exact(float x) {
-  const float y = core::rsqrt(x);
-  return y * (1.5f - 0.5f * x * y * y);
-}
 DEVICE float log2_exact(float x) {
   const float y = core::log2(x);
   return y + (x * exp2_exact(-y) - 1.0f) * kLog2e;
@@ -85,8 +81,8 @@ struct Axis {
     return larger((key - kernel + 1 + kernel / 2 - stride / 2 + stride - 1) / stride * stride, 0);
   }
   DEVICE int readers_end(int key, int size) const {
-    if (causal) return smaller((key + kernel - stride) / stride * stride + stride, size);
     if (key >= size - kernel) return size;
+    if (causal) return smaller((key + kernel - stride) / stride * stride + stride, size);
     return smaller((key + kernel / 2 - stride / 2 + stride) / stride * stride, size);
   }
 };
@@ -413,7 +409,7 @@ DEVICE void put_lengths(const Brought<T>& brought, uint32_t notes, bool cosine, 
     }
     if (threadIdx.x % 8 != 0) continue;
     if (!first) squares += core::load_shared<float>(note);
-    if (last) squares = !brought.shown[p] ? -1.0f : cosine ? rsqrt_exact(squares + kEpsilon) : 1.0f;
+    if (last) squares = !brought.shown[p] ? -1.0f : cosine ? core::inverse_root(squares + kEpsilon) : 1.0f;
     core::store_shared(note, squares);
   }
 }

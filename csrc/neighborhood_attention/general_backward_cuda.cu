@@ -150,7 +150,7 @@ DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8]
       const int slot = thread.other(j);
       const bool seen = lengths[j] >= 0.0f && (everywhere || window.holds(keys.row_of(slot), keys.column_of(slot)));
       const float cosine = seen ? products[i][j] * note.w * lengths[j] : 0.0f;
-      const float weight = seen ? weight_of<T>(cosine * factor - note.x) : 0.0f;
+      const float weight = seen ? weight_of<T>(fmaf(cosine, factor, -note.x)) : 0.0f;
       const float change = seen ? weight * (changes[i][j] - note.y) : 0.0f;
       moments.total[i] += weight;
       moments.mean[i] += weight * cosine;
@@ -258,7 +258,7 @@ DEVICE void change_keys(float (&products)[4][8], float (&changes)[4][8], float (
       const bool seen = lengths[i] >= 0.0f && note.w >= 0.0f &&
                         (everywhere || window.holds(own.row_of(slot), own.column_of(slot)));
       const float cosine = seen ? products[i][j] * note.w * lengths[i] : 0.0f;
-      const float weight = seen ? weight_of<T>(cosine * factor - note.x) * note.z : 0.0f;
+      const float weight = seen ? weight_of<T>(fmaf(cosine, factor, -note.x)) * note.z : 0.0f;
       const float change = seen ? weight * (changes[i][j] - note.y) : 0.0f;
       along[i] += change * cosine;
       products[i][j] = weight;
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const auto feature = [&](int f) { return core::to_float(core::load_global<T>(keys.at(0, token) + f)); };
   for (int f = 0; cosine && f < plan.dim; ++f) squares += feature(f) * feature(f);
-  const float length = cosine ? rsqrt_exact(squares + kEpsilon) : 1.0f, along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
+  const float length = cosine ? core::inverse_root(squares + kEpsilon) : 1.0f, along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
   const float factor = factor_of(args, plan, where.head);
   for (int f = threadIdx.x; f < plan.dim; f += kThreads) {
     const float gradient = (sum_at(f) - feature(f) * length * along) * length * factor;
