@@ -347,8 +347,16 @@ DEVICE void turn(uint32_t turns, const Tile& tile, int slot, int pair, int r, fl
 }
 
 // ---- tiles into shared memory ----------------------------------------------------------------------------------------------------
-// A thread brings pair `threadIdx % 8` of the chunk for four tokens: slots threadIdx / 8 + 16p.
-DEVICE int brought_slot(int p) { return threadIdx.x / 8 + 16 * p; }
+// Which part of a tile a thread brings: one pair of the chunk, for four tokens, slots first + 16p. (Opaque: what is computed
+// from it would else be kept in registers from tile to tile.)
+struct Part {
+  int pair, first;
+  DEVICE Part() {
+    const uint32_t thread = core::opaque(uint32_t(threadIdx.x));
+    pair = thread % 8, first = thread / 8;
+  }
+  DEVICE int slot(int p) const { return first + 16 * p; }
+};
 
 template <class T>
 struct Brought {
@@ -359,13 +367,14 @@ struct Brought {
 // From global memory to registers. mask: of the batch item's tokens, or null.
 template <class T>
 DEVICE void fetch(Brought<T>& brought, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask, int width) {
+  const Part part;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
-    const int slot = brought_slot(p), y = tile.y_of(slot), x = tile.x_of(slot);
+    const int slot = part.slot(p), y = tile.y_of(slot), x = tile.x_of(slot);
     bool shown = tile.exists(slot) && heads.data != nullptr;
     if (shown && mask != nullptr) shown = core::load_global<bool>(mask + int64_t(y) * width + x);
     brought.shown[p] = shown;
-    heads.read(heads.at(y, x), 8 * chunk + threadIdx.x % 8, shown, brought.x[p]);
+    heads.read(heads.at(y, x), 8 * chunk + part.pair, shown, brought.x[p]);
   }
 }
 
@@ -379,24 +388,48 @@ DEVICE uint32_t pair_at(uint32_t tile, int slot, int pair) { return tile + slot 
 // From registers to a tile; turned unless `turns` is 0.
 template <class T>
 DEVICE void put(const Brought<T>& brought, uint32_t to, const Tile& tile, int chunk, uint32_t turns, int r) {
-  const int pair = threadIdx.x % 8;
+  const Part part;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
     float x[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] = core::to_float(brought.x[p][e / 4].lane[e % 4]);
-    if (turns != 0) turn(turns, tile, brought_slot(p), 8 * chunk + pair, r, 1.0f, x);
-    core::store_shared(pair_at(to, brought_slot(p), pair), four_of(x, 0));
-    core::store_shared(pair_at(to, brought_slot(p), pair) + kRowBytes / 2, four_of(x, 1));
+    if (turns != 0) turn(turns, tile, part.slot(p), 8 * chunk + part.pair, r, 1.0f, x);
+    core::store_shared(pair_at(to, part.slot(p), part.pair), four_of(x, 0));
+    core::store_shared(pair_at(to, part.slot(p), part.pair) + kRowBytes / 2, four_of(x, 1));
   }
+}
+
+// Values, for which nothing is to be computed, from global memory to a tile without registers: for float32, four features at a
+// time. There after copy_async_wait and a barrier.
+template <class T>
+DEVICE void copy(uint32_t to, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask, int width) {
+  const Part part;
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    const int slot = part.slot(p), y = tile.y_of(slot), x = tile.x_of(slot);
+    const uint32_t at = pair_at(to, slot, part.pair);
+    bool shown = tile.exists(slot) && heads.data != nullptr;
+    if (shown && mask != nullptr) shown = core::load_global<bool>(mask + int64_t(y) * width + x);
+    if (shown) {
+      const T* const from = heads.at(y, x) + heads.feature(8 * chunk + part.pair, 0, 0);
+      core::copy_async_16(at, from);
+      core::copy_async_16(at + kRowBytes / 2, from + 4);
+    } else {
+      core::store_shared(at, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+      core::store_shared(at + kRowBytes / 2, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+    }
+  }
+  core::copy_async_commit();
 }
 
 // 1 / length of each head into its note, −1 of what is hidden. Squares are added up from the first chunk to the last.
 template <class T>
 DEVICE void put_lengths(const Brought<T>& brought, uint32_t notes, bool cosine, bool first, bool last) {
+  const Part part;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
-    const uint32_t note = note_at(notes, brought_slot(p), 3);
+    const uint32_t note = note_at(notes, part.slot(p), 3);
     float squares = 0.0f;
     if (cosine) {
 #pragma unroll
@@ -407,7 +440,7 @@ DEVICE void put_lengths(const Brought<T>& brought, uint32_t notes, bool cosine, 
 #pragma unroll
       for (int mask = 1; mask < 8; mask *= 2) squares += core::shuffle_xor(squares, mask);
     }
-    if (threadIdx.x % 8 != 0) continue;
+    if (part.pair != 0) continue;
     if (!first) squares += core::load_shared<float>(note);
     if (last) squares = !brought.shown[p] ? -1.0f : cosine ? core::inverse_root(squares + kEpsilon) : 1.0f;
     core::store_shared(note, squares);

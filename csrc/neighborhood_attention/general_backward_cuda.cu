@@ -22,8 +22,9 @@ constexpr int kTiles = 5;  // in shared memory: own heads and those of the other
 // Both products of a tile of queries with one of keys, all chunks: ⟨query, key⟩ and ⟨dout, value⟩. Begins with a barrier, and
 // ends with the chunks in shared memory that belong to the gradients of this block. Every block, whichever of these it makes,
 // adds the chunks up in one order: weights of both passes must be the same to the bit for norm to be theirs.
-template <class T>
+template <class T, bool kCommon>
 struct Products {
+  static constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan& plan;
   const Thread& thread;
   const Memory& memory;
@@ -58,15 +59,17 @@ struct Products {
       const bool first = i == 0, last = i == plan.dim_chunks - 1;
       Brought<T> head, value;
       if (heads_chunk >= 0) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
-      if (values_chunk >= 0) fetch(value, values, tile, values_chunk, mask, plan.columns.length);
+      if (values_chunk >= 0 && !kCopied) fetch(value, values, tile, values_chunk, mask, plan.columns.length);
       core::sync_block();
+      if (kCopied) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
       if (first) prepare();
       if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last, i < count);
       if (heads_chunk >= 0) {
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
         if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
-      if (values_chunk >= 0) put(value, memory.other_values, tile, values_chunk, 0, 0);
+      if (kCopied) core::copy_async_wait<0>();
+      else if (values_chunk >= 0) put(value, memory.other_values, tile, values_chunk, 0, 0);
       core::sync_block();
       if (!needed || i == count) continue;
       if (heads_chunk >= 0) multiply(thread, memory.own, memory.other, heads.pairs(heads_chunk), products);
@@ -106,19 +109,20 @@ DEVICE void put_outputs(const Call& call, const Block& block, const Tile& own, c
   const NeighborhoodAttentionBackward& g = call.g;
   const Plan& plan = call.plan;
   const Heads<const T> douts(g.dout, block, plan.v_dim, 0, plan.wide);
+  const Part part;
 #pragma unroll 1
   for (int p = 0; p < 4; ++p) {
-    const int slot = brought_slot(p);
+    const int slot = part.slot(p);
     const int y = own.row_class + own.near_row(slot) * own.row_dilation;
     const int x = own.column_class + own.near_column(slot) * own.column_dilation;
     const int64_t number = number_of(plan, block, y, x);
     const T* out = static_cast<const T*>(g.forward.out) + number * plan.v_dim;
     float delta = 0.0f;
     if (douts.data != nullptr && !plan.alone)
-      for (int f = threadIdx.x % 8; f < plan.v_dim; f += 8)
+      for (int f = part.pair; f < plan.v_dim; f += 8)
         delta += core::to_float(core::load_global<T>(out + f)) * core::to_float(core::load_global<T>(douts.at(y, x) + f));
     delta = sum_of_group(delta);
-    if (threadIdx.x % 8 != 0) continue;
+    if (part.pair != 0) continue;
     const float change = g.dlse == nullptr ? 0.0f : core::load_global<float>(static_cast<const float*>(g.dlse) + number);
     const float lse = core::load_global<float>(static_cast<const float*>(g.forward.lse) + number);
     const float level = lse == -INFINITY ? 0.0f : lse * kLog2e;  // without any key: anything finite
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const bool* const mask = mask_of(args, plan, block.batch);
   const float factor = factor_of(args, plan, block.head);
-  const Products<T> multiply_tiles = {plan, thread, memory, block, own,
+  const Products<T, kCommon> multiply_tiles = {plan, thread, memory, block, own,
                                       Heads<const T>(args.q, block, plan.dim, plan.angles, plan.wide),
                                       Heads<const T>(call.g.dout, block, plan.v_dim, 0, plan.wide), nullptr, cosine, true};
 
@@ -306,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 2) keys_kernel(const Call call) {
   const Tile own = kExtra ? extra_tile(plan, block.column) : own_tile(plan, block);
   const bool cosine = args.cosine_scale != nullptr;
   const float factor = factor_of(args, plan, block.head);
-  const Products<T> multiply_tiles = {
+  const Products<T, kCommon> multiply_tiles = {
       plan, thread, memory, block, own,
       Heads<const T>(kExtra ? args.extra_k : args.k, block, plan.dim, plan.angles, plan.wide),
       Heads<const T>(kExtra ? args.extra_v : args.v, block, plan.v_dim, 0, plan.wide),
