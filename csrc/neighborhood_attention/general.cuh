@@ -127,7 +127,7 @@ struct Call {
   NeighborhoodAttentionBackward g;  // of a forward pass: g.forward
   Plan plan;
   float4* notes;  // (batch, height, width, heads): what a query's weights are computed from, see backward
-  float* parts;   // (batch, heads, tiles): of cosine_scale's gradient
+  double* parts;  // (batch, heads, tiles): of cosine_scale's gradient
   float* sums;    // (segments, batch, heads, extra, dim + v_dim + 1): of the gradients of additional tokens
 };
 

@@ -57,9 +57,8 @@ struct Products {
       const int chunk = i < count ? i : block.chunk;
       const int heads_chunk = chunk < plan.dim_chunks ? chunk : -1, values_chunk = chunk < plan.v_chunks ? chunk : -1;
       const bool first = i == 0, last = i == plan.dim_chunks - 1;
-      Brought<T> head, value;
+      Brought<T> head;
       if (heads_chunk >= 0) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
-      if (values_chunk >= 0 && !kCopied) fetch(value, values, tile, values_chunk, mask, plan.columns.length);
       core::sync_block();
       if (kCopied) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
       if (first) prepare();
@@ -68,8 +67,13 @@ struct Products {
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
         if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
-      if (kCopied) core::copy_async_wait<0>();
-      else if (values_chunk >= 0) put(value, memory.other_values, tile, values_chunk, 0, 0);
+      if (kCopied) {
+        core::copy_async_wait<0>();
+      } else if (values_chunk >= 0) {
+        Brought<T> value;
+        fetch(value, values, tile, values_chunk, mask, plan.columns.length);
+        put(value, memory.other_values, tile, values_chunk, 0, 0);
+      }
       core::sync_block();
       if (!needed || i == count) continue;
       if (heads_chunk >= 0) multiply(thread, memory.own, memory.other, heads.pairs(heads_chunk), products);
@@ -165,14 +169,20 @@ DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8]
   }
 }
 
-// A block's part of cosine_scale's gradient from the threads' parts, in a fixed order.
-DEVICE void write_part(float part, const Thread& thread, const Memory& memory, float* to) {
+// A block's part of cosine_scale's gradient from the threads' parts, in a fixed order. (Terms of both signs: in float32 their
+// sum would lose more than they have lost themselves.)
+DEVICE void write_part(double part, const Memory& memory, double* to) {
+  const int thread = threadIdx.x;
   core::sync_block();  // nobody reads the weights any more
-  if (thread.member == 0) core::store_shared(memory.weights + 4 * (4 * thread.warp + thread.group), part);
+  core::store_shared(memory.weights + 8 * thread, part);
   core::sync_block();
-  if (threadIdx.x != 0) return;
-  float sum = 0.0f;
-  for (int i = 0; i < kThreads / 8; ++i) sum += core::load_shared<float>(memory.weights + 4 * i);
+  double sum = 0.0;
+  for (int i = 0; thread < 8 && i < kThreads / 8; ++i) sum += core::load_shared<double>(memory.weights + 8 * (thread + 8 * i));
+  core::sync_block();
+  if (thread < 8) core::store_shared(memory.weights + 8 * thread, sum);
+  core::sync_block();
+  if (thread != 0) return;
+  for (int i = 1; i < 8; ++i) sum += core::load_shared<double>(memory.weights + 8 * i);
   core::store_global(to, sum);
 }
 
@@ -182,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
   if (block.empty()) {
-    if (threadIdx.x == 0 && block.chunk == 0) core::store_global(call.parts + block.tile, 0.0f);
+    if (threadIdx.x == 0 && block.chunk == 0) core::store_global(call.parts + block.tile, 0.0);
     return;
   }
   const Thread thread;
@@ -222,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   }
 
   const Heads<T> dq(call.g.dq, block, plan.dim, plan.angles, plan.wide);
-  float part = 0.0f;
+  double part = 0.0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int slot = thread.own(i);
@@ -231,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
     const float slip = sum_of_group(moments.slip[i]) * norm - note.z, mean = sum_of_group(moments.mean[i]) * norm;
     const float along = sum_of_group(moments.along[i]) * norm;
     if (!own.exists(slot)) continue;
-    if (total != 0.0f) part += along - slip * mean;
+    if (total != 0.0f) part += double(moments.along[i]) * norm - (thread.member == 0 ? double(slip) * mean : 0.0);
     if (thread.member == 0 && block.chunk == 0)
       core::store_global(call.notes + number_of(plan, block, own.y_of(slot), own.x_of(slot)),
                          make_float4(note.x, note.y + slip, norm, 0.0f));
@@ -240,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
     for (int e = 0; e < 8; ++e) sums[i][e] *= norm;
     write_gradient(dq, thread, memory, block, own, i, cosine, true, along, factor, sums[i]);
   }
-  if (block.chunk == 0) write_part(part * plan.scale, thread, memory, call.parts + block.tile);
+  if (block.chunk == 0) write_part(part * plan.scale, memory, call.parts + block.tile);
 }
 
 // ---- over keys -------------------------------------------------------------------------------------------------------------
@@ -397,10 +407,10 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) scales_kernel(const float* parts, int64_t count, float* sums) {
+__global__ void __launch_bounds__(kThreads) scales_kernel(const double* parts, int64_t count, float* sums) {
   const uint32_t shared = core::dynamic_shared();
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += core::load_global<float>(parts + blockIdx.x * count + i);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += core::load_global<double>(parts + blockIdx.x * count + i);
   core::store_shared(shared + 8 * threadIdx.x, sum);
   core::sync_block();
   if (threadIdx.x != 0) return;
@@ -437,7 +447,7 @@ struct Workspace {
   explicit Workspace(const NeighborhoodAttentionBackward& g) {
     const NeighborhoodAttention& a = g.forward;
     notes = a.batch * a.rows.length * a.columns.length * a.heads * int64_t(sizeof(float4));
-    parts = ceil_div(a.batch * a.heads * tiles_of_head(plan_of(g, dim_chunks)), 4) * 16;
+    parts = a.batch * a.heads * tiles_of_head(plan_of(g, dim_chunks)) * int64_t(sizeof(double));
     sums = !wants_extras(g) ? 0 : extras_plan(g).segments * a.batch * a.heads * a.extra * (a.dim + a.v_dim + 1) * 4;
   }
 };
@@ -447,7 +457,7 @@ void launch_all(const NeighborhoodAttentionBackward& g, void* workspace, void* s
   const NeighborhoodAttention& a = g.forward;
   const Workspace sizes(g);
   char* const at = static_cast<char*>(workspace);
-  Call call = {g, plan_of(g, dim_chunks), reinterpret_cast<float4*>(at), reinterpret_cast<float*>(at + sizes.notes),
+  Call call = {g, plan_of(g, dim_chunks), reinterpret_cast<float4*>(at), reinterpret_cast<double*>(at + sizes.notes),
                reinterpret_cast<float*>(at + sizes.notes + sizes.parts)};
   const auto run = [&](const char* name, void (*kernel)(const Call), unsigned blocks) {
     core::launch(describe(name, a), kernel, dim3(blocks), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);

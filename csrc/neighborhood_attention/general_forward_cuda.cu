@@ -76,7 +76,7 @@ DEVICE void finish(Softmax& state, const Thread& thread, const Block& block, con
 
 // Registers for three blocks on an SM, as many as the shared memory of an H100 holds.
 template <class T, bool kCommon>
-__global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
+__global__ void __launch_bounds__(kThreads, kCommon ? 3 : 2) forward_kernel(const Call call) {
   constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
@@ -108,9 +108,8 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
     for (int chunk = 0; chunk < plan.dim_chunks; ++chunk) {
       const bool last = chunk == plan.dim_chunks - 1;
       if (chunk == 0 && !extra) fill_turns(memory.other_turns, args, plan, tile, block.head);
-      Brought<T> key, value;
+      Brought<T> key;
       fetch(key, keys, tile, chunk, shown, plan.columns.length);
-      if (last && !kCopied) fetch(value, values, tile, block.chunk, shown, plan.columns.length);
       core::sync_block();
       if (kCopied) copy(memory.other_values, values, tile, block.chunk, shown, plan.columns.length);
       if (step == -extra_steps || plan.dim_chunks > 1) {
@@ -121,8 +120,13 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
       }
       put(key, memory.other, tile, chunk, extra ? 0 : memory.other_turns, plan.angles);
       put_lengths(key, memory.other_notes, cosine, chunk == 0, last);
-      if (kCopied) core::copy_async_wait<0>();
-      else if (last) put(value, memory.other_values, tile, 0, 0, 0);
+      if (kCopied) {
+        core::copy_async_wait<0>();
+      } else if (last) {
+        Brought<T> value;
+        fetch(value, values, tile, block.chunk, shown, plan.columns.length);
+        put(value, memory.other_values, tile, 0, 0, 0);
+      }
       core::sync_block();
       if (units.any()) multiply(thread, memory.own, memory.other, keys.pairs(chunk), products);
     }
