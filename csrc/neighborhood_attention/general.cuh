@@ -9,7 +9,7 @@
 // A tile in shared memory is 64 rows of 64 features (a chunk of a head); longer heads are added up chunk by chunk, and results
 // of more than 64 features are made by several blocks, each of which computes the softmax for itself. A product over features
 // does not care about their order: a thread holds "pairs", four features and the four that turn with them, at 4·pair and
-// 32 + 4·pair of a row. Heads are divided by their lengths after the products: a row need not be whole for them to begin.
+// 32 + 4·pair of a row (Heads::feature). Heads are divided by their lengths after the products: a row need not be whole for them to begin.
 //
 // A thread multiplies 4 own rows with 8 others (or with 8 features): per 128 multiply-adds 12 shared loads of 16 bytes. Eight
 // lanes that take turns at shared memory read one own row, or eight others whose 16-byte units the rows' numbers permute.
@@ -128,7 +128,7 @@ struct Call {
   Plan plan;
   float4* notes;  // (batch, height, width, heads): what a query's weights are computed from, see backward
   double* parts;  // (batch, heads, tiles): of cosine_scale's gradient
-  float* sums;    // (segments, batch, heads, extra, dim + v_dim + 1): of the gradients of additional tokens
+  float* sums;    // (segments, batch, heads, extra, dim + v_dim + 4): of the gradients of additional tokens
 };
 
 // ---- where blocks, tiles and threads are -----------------------------------------------------------------------------------
@@ -275,11 +275,12 @@ struct Heads {
   DEVICE T* at(int y, int x) const { return data + y * row_stride + x * column_stride; }
   DEVICE int pairs(int chunk) const { return smaller((size - kFeatures * chunk + 7) / 8, 8); }
 
-  // The e-th feature of a pair's first or second four. With odd r every feature has a place of its own.
+  // The e-th feature of a pair's first or second four, or `size` or more where there is none. Those that turn together are 2r
+  // apart, the others half of what is left, so that neighbouring threads read neighbouring features.
   DEVICE int feature(int pair, int half, int e) const {
-    const int n = 4 * pair + e;
+    const int n = 4 * pair + e, rest = size - 4 * r, apart = wide ? (rest + 7) / 8 * 4 : (rest + 1) / 2;
     if (n < 2 * r) return n + half * 2 * r;
-    return wide || r % 2 == 0 ? 8 * pair + 4 * half + e : 2 * n + half;
+    return n - 2 * r < apart ? n + 2 * r + half * apart : size;
   }
   // Zeros for features that do not exist, and for all of a token that is not shown.
   DEVICE void read(const T* token, int pair, bool shown, Pack<Element, 4> (&x)[2]) const {
@@ -400,8 +401,8 @@ DEVICE void put(const Brought<T>& brought, uint32_t to, const Tile& tile, int ch
   }
 }
 
-// Values, for which nothing is to be computed, from global memory to a tile without registers: for float32, four features at a
-// time. There after copy_async_wait and a barrier.
+// Values of 64 features in float32, for which nothing is to be computed, from global memory to a tile without registers. There
+// after copy_async_wait and a barrier.
 template <class T>
 DEVICE void copy(uint32_t to, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask, int width) {
   const Part part;
@@ -414,7 +415,7 @@ DEVICE void copy(uint32_t to, const Heads<const T>& heads, const Tile& tile, int
     if (shown) {
       const T* const from = heads.at(y, x) + heads.feature(8 * chunk + part.pair, 0, 0);
       core::copy_async_16(at, from);
-      core::copy_async_16(at + kRowBytes / 2, from + 4);
+      core::copy_async_16(at + kRowBytes / 2, from + kFeatures / 2);
     } else {
       core::store_shared(at, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
       core::store_shared(at + kRowBytes / 2, make_float4(0.0f, 0.0f, 0.0f, 0.0f));

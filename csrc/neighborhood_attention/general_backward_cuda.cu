@@ -301,9 +301,9 @@ DEVICE void write_sums(const Call& call, const Block& block, int segment, const 
   if (!own.exists(thread.own(i))) return;
   const int64_t row = ((segment * call.g.forward.batch + block.batch) * plan.heads + block.head) * plan.extra +
                       own.column_of(thread.own(i));
-  float* const sums = call.sums + row * (plan.dim + plan.v_dim + 1);
+  float* const sums = call.sums + row * (plan.dim + plan.v_dim + 4);
   const int pair = 8 * block.chunk + thread.member;
-  Heads<float>(sums, plan.dim, plan.angles, false).write(sums, pair, dkeys);
+  Heads<float>(sums, plan.dim, plan.angles, plan.wide).write(sums, pair, dkeys);
   Heads<float>(sums, plan.v_dim, 0, false).write(sums + plan.dim, pair, dvalues);
   if (thread.member == 0 && block.chunk == 0) core::store_global(sums + plan.dim + plan.v_dim, along);
 }
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   } where = {};
   const int token = int(blockIdx.x % plan.extra);
   where.head = int(blockIdx.x / plan.extra % plan.heads), where.batch = blockIdx.x / plan.extra / plan.heads;
-  const int64_t width = plan.dim + plan.v_dim + 1, between = args.batch * plan.heads * plan.extra * width;
+  const int64_t width = plan.dim + plan.v_dim + 4, between = args.batch * plan.heads * plan.extra * width;
   const float* const sums = call.sums + ((where.batch * plan.heads + where.head) * plan.extra + token) * width;
   const auto sum_at = [&](int f) {
     float sum = 0.0f;
@@ -447,8 +447,8 @@ struct Workspace {
   explicit Workspace(const NeighborhoodAttentionBackward& g) {
     const NeighborhoodAttention& a = g.forward;
     notes = a.batch * a.rows.length * a.columns.length * a.heads * int64_t(sizeof(float4));
-    parts = a.batch * a.heads * tiles_of_head(plan_of(g, dim_chunks)) * int64_t(sizeof(double));
-    sums = !wants_extras(g) ? 0 : extras_plan(g).segments * a.batch * a.heads * a.extra * (a.dim + a.v_dim + 1) * 4;
+    parts = ceil_div(a.batch * a.heads * tiles_of_head(plan_of(g, dim_chunks)), 2) * 16;
+    sums = !wants_extras(g) ? 0 : extras_plan(g).segments * a.batch * a.heads * a.extra * (a.dim + a.v_dim + 4) * 4;
   }
 };
 

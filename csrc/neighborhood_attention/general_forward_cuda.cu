@@ -144,26 +144,33 @@ Axis axis_of(const Window& w) { return {int(w.length), int(w.kernel), int(w.stri
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// How many tiles of other tokens one of own tokens meets along an axis, at the most away from borders.
-int64_t met(const Axis& a, int64_t own, int64_t other) {
-  const int64_t size = pieces(a.length, a.dilation), span = own + a.kernel + a.stride - 2;
-  return pieces(span < size ? span : size, other);
+// Along one axis, a walk that begins with the first key that own token 0 sees: the tiles of `other` that own tokens first … first +
+// count − 1 see, away from borders.
+int64_t met(const Axis& a, int64_t first, int64_t count, int64_t other) {
+  const int64_t size = pieces(a.length, a.dilation), end = first + count + a.kernel + a.stride - 2;
+  return pieces(end < size ? end : size, other) - (first < size ? first : size - 1) / other;
 }
 
-// The shapes of tiles that make the fewest products, the squarer ones first. Turns may take 8 KiB of shared memory a tile.
+// The shapes of tiles that make the least work, the squarer ones first: a warp multiplies where one of its 16 tokens sees a tile,
+// and to bring a tile costs as much as half of all four warps' products. Turns may take 8 KiB of shared memory a tile.
 void choose_tiles(Plan& plan) {
-  int64_t fewest = INT64_MAX;
+  int64_t least = INT64_MAX;
   for (const int own : {3, 2, 4, 1, 5, 0, 6})
     for (const int other : {3, 4, 2, 5, 1, 6, 0}) {
       if (turns_bytes(plan.angles, own) > 8192 || turns_bytes(plan.angles, other) > 8192) continue;
-      const int64_t down = pieces(pieces(plan.rows.length, plan.rows.dilation), kSlots >> own);
-      const int64_t across = pieces(pieces(plan.columns.length, plan.columns.dilation), 1 << own);
-      const int64_t products = down * across * met(plan.rows, kSlots >> own, kSlots >> other) *
-                               met(plan.columns, 1 << own, 1 << other);
-      if (products >= fewest) continue;
-      fewest = products;
-      plan.own_log = own, plan.other_log = other, plan.down = int(down), plan.across = int(across);
+      const int64_t columns = 1 << own, rows = kSlots >> own;
+      int64_t work = 2 * met(plan.rows, 0, rows, kSlots >> other) * met(plan.columns, 0, columns, 1 << other);
+      for (int warp = 0; warp < 4; ++warp)
+        work += met(plan.rows, 16 * warp / columns, columns < 16 ? 16 / columns : 1, kSlots >> other) *
+                met(plan.columns, 16 * warp % columns, columns < 16 ? columns : 16, 1 << other);
+      plan.down = int(pieces(pieces(plan.rows.length, plan.rows.dilation), rows));
+      plan.across = int(pieces(pieces(plan.columns.length, plan.columns.dilation), columns));
+      if (work * plan.down * plan.across >= least) continue;
+      least = work * plan.down * plan.across;
+      plan.own_log = own, plan.other_log = other;
     }
+  plan.down = int(pieces(pieces(plan.rows.length, plan.rows.dilation), kSlots >> plan.own_log));
+  plan.across = int(pieces(pieces(plan.columns.length, plan.columns.dilation), 1 << plan.own_log));
 }
 
 // Whether four features of any head can be read or written at once.
