@@ -17,6 +17,9 @@ help:
 
 setup: .venv/installed
 
+$(RUN):
+	$(MAKE) setup
+
 .venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*/*)
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,bench,test]"
@@ -36,7 +39,7 @@ test: setup emulated
 	$(RUN) -m pytest
 
 # The CUDA kernels as a module that runs on a CPU, for tests (csrc/emulation.h); never part of the package.
-emulated: setup
+emulated: $(RUN)
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/emulated -G Ninja -DHDIT_EMULATION=ON -DCMAKE_BUILD_TYPE=None \
 		-DPython_EXECUTABLE=$(abspath $(RUN)) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/emulated >build/emulated.log || { cat build/emulated.log; exit 1; }

@@ -4,8 +4,9 @@
 namespace hdit {
 namespace {
 
-// A row that fits is held in registers between the statistic and the result: kPacks accesses of N elements per thread.
-constexpr int kPacks = 4;
+// A row that fits is held in registers between the statistic and the result: kPacks accesses of N elements per thread, two if
+// these suffice (more registers leave fewer warps to hide latency), or four.
+constexpr int kMostPacks = 4;
 
 // Bytes of shared memory that sums over a row need: two floats of each warp.
 constexpr int kSumsBytes = 2 * kBlock / 32 * sizeof(float);
@@ -34,7 +35,7 @@ DEVICE float value(const T* x, int64_t at) {
 }
 
 // `width` threads share a row, a block has kBlock / width rows at a time.
-template <class T, int N>
+template <class T, int N, int kPacks>
 __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_kernel(AdaRmsNormForward args, int width) {
   const uint32_t shared = core::dynamic_shared();
   const int lane = threadIdx.x % width, row_in_block = threadIdx.x / width, rows_in_block = kBlock / width;
@@ -93,8 +94,8 @@ __global__ void __launch_bounds__(kBlock) ada_rms_norm_forward_any_kernel(AdaRms
 
 // dx = r·scale·dy − x·(r³/C)·Σ(dy·scale·x) with r = rsqrt(mean(x²) + eps), and r·dy·x summed over the rows of a unit into
 // sums (units, channels). Registers hold x, dy and the sums of a thread's columns.
-template <class T, int N>
-__global__ void __launch_bounds__(kBlock)
+template <class T, int N, int kPacks>
+__global__ void __launch_bounds__(kBlock, kPacks == 2 ? 2 : 1)
     ada_rms_norm_backward_kernel(AdaRmsNormBackward args, Units units, float* sums, int width) {
   // (rows in a block, width·kPacks·N): dscale of each row slot
   const uint32_t shared = core::dynamic_shared(), slots = shared + kSumsBytes;
@@ -229,15 +230,17 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Threads that share a row, for rows that fit into registers.
-template <class T>
-int width_for(int64_t channels) {
-  return power_of_two(ceil_div(channels, kWide<T> * 2), 8);
+// body(packs, width) for rows that fit into registers: accesses per thread, as a constant, and threads that share a row.
+template <class T, class Body>
+void with_packs(int64_t channels, Body body) {
+  const int width = power_of_two(ceil_div(channels, kWide<T> * 2), 8);
+  if (channels <= int64_t(width) * kWide<T> * 2) body(std::integral_constant<int, 2>(), width);
+  else body(std::integral_constant<int, kMostPacks>(), width);
 }
 
 template <class T>
 bool fits(int64_t channels) {
-  return channels % kWide<T> == 0 && channels <= int64_t(kBlock) * kPacks * kWide<T>;
+  return channels % kWide<T> == 0 && channels <= int64_t(kBlock) * kMostPacks * kWide<T>;
 }
 
 std::string describe(const char* name, int64_t batch, int64_t tokens, int64_t channels) {
@@ -260,10 +263,12 @@ void backward(const AdaRmsNormBackward& args, void* workspace, void* stream, con
                     args.dy_batch_stride % N == 0 && args.dy_token_stride % N == 0 && args.scale_batch_stride % N == 0 &&
                     aligned(args.x) && aligned(args.dy) && aligned(args.dx) && aligned(args.scale);
   if (wide) {
-    const int width = width_for<T>(n);
-    const size_t slots = width == kBlock ? 0 : kBlock * kPacks * N * sizeof(float);
-    core::launch(call, ada_rms_norm_backward_kernel<T, N>, grid_for(blocks), kBlock, kSumsBytes + slots, stream, args, units,
-                 sums, width);
+    with_packs<T>(n, [&](auto packs, int width) {
+      constexpr int kPacks = decltype(packs)::value;
+      const size_t slots = width == kBlock ? 0 : kBlock * kPacks * N * sizeof(float);
+      core::launch(call, ada_rms_norm_backward_kernel<T, N, kPacks>, grid_for(blocks), kBlock, kSumsBytes + slots, stream,
+                   args, units, sums, width);
+    });
   } else {
     core::launch(call, ada_rms_norm_backward_any_kernel<T>, grid_for(blocks), kBlock, kSumsBytes, stream, args, units, sums);
   }
@@ -285,9 +290,10 @@ void ada_rms_norm_forward_cuda(const AdaRmsNormForward& args, int device, void* 
     const bool wide = fits<T>(n) && args.x_batch_stride % N == 0 && args.x_token_stride % N == 0 &&
                       args.scale_batch_stride % N == 0 && aligned(args.x) && aligned(args.y) && aligned(args.scale);
     if (wide) {
-      const int width = width_for<T>(n);
-      const unsigned grid = grid_for(ceil_div(rows, kBlock / width));
-      core::launch(call, ada_rms_norm_forward_kernel<T, N>, grid, kBlock, kSumsBytes, stream, args, width);
+      with_packs<T>(n, [&](auto packs, int width) {
+        core::launch(call, ada_rms_norm_forward_kernel<T, N, decltype(packs)::value>,
+                     grid_for(ceil_div(rows, kBlock / width)), kBlock, kSumsBytes, stream, args, width);
+      });
     } else {
       core::launch(call, ada_rms_norm_forward_any_kernel<T>, grid_for(rows), kBlock, kSumsBytes, stream, args);
     }

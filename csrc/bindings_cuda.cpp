@@ -103,6 +103,7 @@ py::list take_launches() {
                                           {"units", line.units}, {"ideal", line.ideal}}));
     py::dict entry;
     entry["call"] = launch.call;
+    entry["kernel"] = launch.kernel;
     entry["threads"] = launch.block.x * launch.block.y * launch.block.z;
     entry["shared_bytes"] = launch.shared_bytes;
     entry["counts"] = Counted{{"blocks", c.blocks}, {"barriers", c.barriers}, {"mma", c.mma}, {"mma_fma", c.mma_fma},

@@ -76,6 +76,7 @@ DEVICE float f16_high(uint32_t pair) {
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // x is the same in all lanes: tells the compiler
+DEVICE bool any(bool x) { return __any_sync(~0u, x); }  // of the warp
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
@@ -324,7 +325,7 @@ namespace core {
 
 template <class... P, class... A>
 void launch(const std::string& call, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*, A... args) {
-  emulation::launch(call, grid, block, shared_bytes, [=] { kernel(args...); });
+  emulation::launch(call, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(args...); });
 }
 
 inline void set_to_zero(void* p, size_t bytes, void*, const std::string&) { std::memset(p, 0, bytes); }

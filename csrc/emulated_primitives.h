@@ -10,7 +10,7 @@ using emulation::Place;
 using emulation::self;
 #define HDIT_PLACE Place place = Place::here()
 
-enum Operation : int { op_sync_warp = 1, op_uniform, op_shuffle, op_mma_bf16, op_mma_f16, op_mma_tf32, op_ldmatrix, op_ldmatrix_trans };
+enum Operation : int { op_sync_warp = 1, op_uniform, op_any, op_shuffle, op_mma_bf16, op_mma_f16, op_mma_tf32, op_ldmatrix, op_ldmatrix_trans };
 
 template <class To, class From>
 inline To bits_as(From x) {
@@ -66,6 +66,17 @@ inline int uniform(int x, HDIT_PLACE) {
       if (*static_cast<int*>(all[lane]) != *static_cast<int*>(all[0])) emulation::fail("uniform() of different values");
   });
   return x;
+}
+inline bool any(bool x, HDIT_PLACE) {
+  struct Arguments {
+    bool in, out;
+  } arguments{x, x};
+  emulation::meet(op_any, place, &arguments, [](void** all) {
+    bool found = false;
+    for (int lane = 0; lane < 32; ++lane) found = found || static_cast<Arguments*>(all[lane])->in;
+    for (int lane = 0; lane < 32; ++lane) static_cast<Arguments*>(all[lane])->out = found;
+  });
+  return arguments.out;
 }
 template <class T>
 inline T shuffle_xor(T x, int mask, HDIT_PLACE) {

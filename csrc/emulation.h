@@ -15,6 +15,8 @@
 // Not modelled: latency, caches, arithmetic instructions (ahead-of-time SASS tells those), mbarriers, TMA, wgmma, clusters.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -116,6 +118,7 @@ struct Counts {
 
 struct Launch {
   std::string call;
+  uintptr_t kernel = 0;  // where its code begins, from the beginning of this module: what nm tells of
   dim3 grid, block;
   size_t shared_bytes = 0;
   Counts counts;
@@ -650,7 +653,7 @@ struct Arena {
 
 constexpr size_t kMostShared = 232448;  // of a block on sm_90; 166912 on sm_80
 
-inline void launch(const std::string& call, dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+inline void launch(const std::string& call, const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
   const int threads = int(size.x * size.y * size.z);
   if (threads < 1 || threads > 1024 || threads % 32)
     throw std::runtime_error(call + " failed: a block of " + std::to_string(threads) + " threads");
@@ -664,7 +667,10 @@ inline void launch(const std::string& call, dim3 grid, dim3 size, size_t shared_
     range.writers = settings.races ? std::make_unique<uint64_t[]>((range.end - range.begin) / 2 + 1) : nullptr;
     range.written = false;
   }
-  Launch record = {call, grid, size, shared_bytes, {}};
+  Launch record = {call, 0, grid, size, shared_bytes, {}};
+  Dl_info module;
+  if (dladdr(kernel, &module) != 0)
+    record.kernel = reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(module.dli_fbase);
   std::string error;
 #pragma omp parallel num_threads(blocks < 2 ? 1 : 2)
   {

@@ -1,8 +1,9 @@
 """The compiled extension `hdit_kernels._C`: whether it loads, and how the pages of the ops call it."""
 
-import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +16,22 @@ except ImportError as error:  # built, but for another Python or C++ runtime: sa
     module, missing = None, f"the compiled extension hdit_kernels._C does not load: {error}"
     warnings.warn(f"hdit_kernels: {missing}; the PyTorch reference serves instead", stacklevel=2)
 
-# The CUDA kernels executed on a CPU (csrc/emulation.h), where a test has loaded them: then "cuda" takes CPU tensors too.
+# The CUDA kernels executed on a CPU (csrc/emulation.h), where a test has loaded them: "cuda" then takes CPU tensors.
 emulated = None
 
 _functions: dict[tuple[str, str], Callable] = {}
 _dtypes = {getattr(torch, name): code for name, code in module.dtypes.items()} if module else {}
+
+
+def load_emulated(folder: Path) -> None:
+    """Sets `emulated` to the module that `make emulated` leaves in `folder`: for tests, slow, but checked."""
+    global emulated
+    found = sorted(folder.glob("_emulated*.so"))
+    if not found:
+        raise ImportError(f"{folder} has no module _emulated, which runs the CUDA kernels on a CPU: `make emulated`")
+    spec = importlib.util.spec_from_file_location("_emulated", found[0])
+    emulated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulated)
 
 
 def dtype(x: Tensor) -> int:

@@ -1,6 +1,5 @@
 """Fixtures for the tests of `hdit_kernels`, and how many examples hypothesis draws (`--hypothesis-profile stress`)."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -16,24 +15,9 @@ if (
 from hdit_kernels import extension
 from hdit_kernels import op as machinery
 
+if not torch.cuda.is_available():  # CUDA kernels then run in their emulation
+    extension.load_emulated(Path(os.environ.get("HDIT_EMULATED", Path(__file__).parent.parent / "build/emulated")))
 
-def load_emulated(folder: Path):
-    """The CUDA kernels as a module that runs on a CPU and checks what they do there (csrc/emulation.h)."""
-    found = sorted(folder.glob("_emulated*.so"))
-    if not found:
-        raise pytest.UsageError(
-            f"{folder} has no module _emulated, which tests run the CUDA kernels with: `make emulated`"
-        )
-    spec = importlib.util.spec_from_file_location("_emulated", found[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-if not torch.cuda.is_available():
-    extension.emulated = load_emulated(
-        Path(os.environ.get("HDIT_EMULATED", Path(__file__).parent.parent / "build/emulated"))
-    )
 
 hypothesis.settings.register_profile("fixed", max_examples=200, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("stress", max_examples=10_000, deadline=None)

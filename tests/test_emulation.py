@@ -1,5 +1,5 @@
-"""The emulation that runs CUDA kernels on a CPU (csrc/emulation.h): primitives do what the instructions do, and mistakes
-planted into small kernels (tests/emulation.cu) are found, whatever the order of threads."""
+"""The emulation that runs CUDA kernels on a CPU (csrc/emulation.h): primitives do what the instructions do, and
+mistakes planted into small kernels (tests/emulation.cu) are found, whatever the order of threads."""
 
 import ctypes
 import os
@@ -118,7 +118,7 @@ MISTAKES = {
     "returned_lane": "divergence: a (lane returned while others wait|warp instruction after a lane)",
     "two_barriers": "divergence: threads are at the barriers of emulation.cu:.* and emulation.cu:",
     "returned_warp": "divergence: 32 threads wait at the barrier of emulation.cu:.*, the others have returned",
-    "barrier_against_shuffle": "divergence: the warp instruction at emulation.cu:.* waits for lanes at a barrier or gone",
+    "barrier_against_shuffle": "divergence: the warp instruction at emulation.cu:.* waits for lanes at a barrier",
     "not_uniform": r"uniform\(\) of different values",
 }
 UNDEFINED = ("no_wait", "short_wait", "unwritten")  # not seen as such, but what was read is NaN
