@@ -5,7 +5,7 @@
 Each case is run once by the emulation (csrc/emulation.h), on one item of its batch, and counted: distinct sectors of
 memory (DRAM), sectors asked for (L2), wavefronts of shared memory with their bank conflicts and shuffles, multiply-adds
 of matrix products, special functions. Issue slots come from the machine code that `make cuda-check` leaves: the
-instructions of a kernel's loop, times how often it ran, which the emulation tells by the products (or accesses) in it.
+instructions of each loop, times how often it ran, fitted to what the emulation counted (misfit tells how well).
 Time is that of the slowest pipe, if all overlap perfectly: latency, plain arithmetic and caches are not modelled.
 
 It fails where a kernel's predicted time is more than 5 % above the committed one (benchmarks/results/
@@ -21,7 +21,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from benchmarks import sass
 from benchmarks.ahead_of_time import nvdisasm
@@ -34,8 +36,8 @@ ARCH = "sm_90a"
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a processor: warps, registers, bytes of shared memory
 PIPES = ("dram", "l2", "shared", "mma", "mufu", "issue")
 COLUMNS = ("what", "case", "dtype", "direction", "kernel", "blocks", "threads", "registers", "instructions",
-           "shared_bytes", "blocks_per_processor", *(f"{pipe}_us" for pipe in PIPES), "predicted_us", "bound", "floor_us",
-           "times_floor", "products")  # fmt: skip
+           "shared_bytes", "blocks_per_processor", *(f"{pipe}_us" for pipe in PIPES), "predicted_us", "bound",
+           "floor_us", "times_floor", "products", "misfit")  # fmt: skip
 TOLERATED = 1.05  # × the committed prediction
 # × floor of the flagship in bfloat16, by its slowest pipe
 FLAGSHIP = "neighborhood_attention_qkvpacked[8x256x256x2x64 k7]"
@@ -152,22 +154,50 @@ def parsed(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     return instructions, sorted(ends.items(), key=lambda loop: (loop[0], -loop[1]))
 
 
-def issue_slots(kernel: str, launch: dict) -> float:
-    """Instructions that all warps of a launch issue: those of the loops with the products (else: with the accesses),
-    as often as the emulation says that these were made."""
+def issue_slots(kernel: str, launch: dict) -> tuple[float, float]:
+    """(instructions that all warps of a launch issue, how badly that fits, 0 to 1).
+
+    How often each loop ran is what explains best how often the emulation saw products, accesses, shuffles, special
+    functions and barriers, given how many of each stand in its body: non-negative least squares."""
     _, instructions, loops = machine_code()[kernel]
-    requests = defaultdict(int)
-    for _, kind, line in launch["lines"]:
-        requests[kind] += line["requests"]
-    kinds = [("HMMA", launch["counts"]["mma"]), ("LDS", requests["shared_read"] - launch["counts"]["ldmatrix"])]
-    kinds.append(("LDG", requests["global_read"]))
-    name, made = next((kind for kind in kinds if kind[1] > 0), kinds[-1])
-    is_key = lambda i: re.match(rf"{name}\b", instructions[i]) is not None  # noqa: E731
-    outer = [a for a in loops if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in loops)]
-    with_key = [loop for loop in outer if any(is_key(i) for i in range(loop[0], loop[1] + 1))]
-    spans = with_key or [(0, len(instructions) - 1)]
-    keys = sum(is_key(i) for first, last in spans for i in range(first, last + 1))
-    return made / max(keys, 1) * sum(last - first + 1 for first, last in spans)
+    inside = [max((n for n, (a, b) in enumerate(loops) if a <= i <= b), default=-1) for i in range(len(instructions))]
+    bodies = np.zeros((len(loops) + 1, len(CLASSES) + 1))  # the last row: what is in no loop; the last column: all
+    for i, instruction in enumerate(instructions):
+        name = re.match(r"[A-Z0-9]+", instruction)[0]
+        if name in CLASSES:
+            bodies[inside[i], list(CLASSES).index(name)] += 1
+        bodies[inside[i], -1] += 1
+    warps = launch["counts"]["blocks"] * launch["threads"] / 32
+    seen = np.array([count(launch, warps) for count in CLASSES.values()], float)
+    outside = np.minimum(warps * bodies[-1, :-1], seen)  # some of it in branches not taken
+    if not loops:
+        return warps * bodies[-1, -1], 0.0
+    weight = 1 / np.maximum(seen, 1)
+    times, residual = nnls((bodies[:-1, :-1] * weight).T, (seen - outside) * weight)
+    return times @ bodies[:-1, -1] + warps * bodies[-1, -1], residual / np.linalg.norm(seen * weight)
+
+
+def requests(launch: dict, kind: str, copies: bool = False) -> int:
+    """Of warps, by instructions that load or store; or by cp.async, which do both."""
+    both = {p for p, k, _ in launch["lines"] if k == "global_read"} & {
+        p for p, k, _ in launch["lines"] if k == "shared_write"
+    }
+    return sum(line["requests"] for p, k, line in launch["lines"] if k == kind and (p in both) == copies)
+
+
+# Classes of instructions whose number the emulation knows, for a launch of so many warps.
+CLASSES = {
+    "HMMA": lambda launch, warps: launch["counts"]["mma"],
+    "LDSM": lambda launch, warps: launch["counts"]["ldmatrix"],
+    "LDS": lambda launch, warps: requests(launch, "shared_read") - launch["counts"]["ldmatrix"],
+    "STS": lambda launch, warps: requests(launch, "shared_write"),
+    "LDG": lambda launch, warps: requests(launch, "global_read"),
+    "LDGSTS": lambda launch, warps: requests(launch, "global_read", copies=True),
+    "STG": lambda launch, warps: requests(launch, "global_write"),
+    "SHFL": lambda launch, warps: launch["counts"]["shuffles"],
+    "MUFU": lambda launch, warps: launch["counts"]["special"] / 32,
+    "BAR": lambda launch, warps: launch["counts"]["barriers"] * launch["threads"] / 32,
+}
 
 
 # ---- the prediction -------------------------------------------------------------------------------------------------
@@ -181,13 +211,14 @@ def predict(launch: dict, times: int) -> dict:
         units[kind] += line["units"]
     processor = sass.PROCESSORS * sass.CLOCK
     shared = units["shared_read"] + units["shared_write"] + counts["shuffles"]
+    issued, misfit = issue_slots(kernel, launch)
     seconds = {
         "dram": (counts["sectors_read"] + counts["sectors_written"]) * 32 / sass.DRAM,
         "l2": (units["global_read"] + units["global_write"]) * 32 / sass.L2,
         "shared": shared / processor,
         "mma": counts["mma_fma"] / sass.MMA / processor,
         "mufu": counts["special"] / 16 / processor,
-        "issue": issue_slots(kernel, launch) / 4 / processor,
+        "issue": issued / 4 / processor,
     }
     registers = machine_code()[kernel][0]
     by_registers = REGISTERS // max(1, launch["threads"] * -(-registers // 8) * 8)
@@ -196,7 +227,7 @@ def predict(launch: dict, times: int) -> dict:
     return {"kernel": kernel, "blocks": counts["blocks"] * times, "threads": launch["threads"], "registers": registers,
             "instructions": len(machine_code()[kernel][1]), "shared_bytes": launch["shared_bytes"],
             "blocks_per_processor": resident,
-            "mma_fma": counts["mma_fma"] * times, **times_us}  # fmt: skip
+            "mma_fma": counts["mma_fma"] * times, "misfit": misfit, **times_us}  # fmt: skip
 
 
 def rows_of(times: int, case: cases.Case, dtype: str) -> list[dict]:
@@ -247,7 +278,7 @@ def complaints(rows: list[dict], committed: dict[tuple, float]) -> list[str]:
 def show(rows: list[dict]) -> None:
     print(f"Predicted for an H200 ({ARCH}), not measured: µs of each pipe, of the slowest, and × floor")
     columns = ("case", "dtype", "direction", "kernel", "registers", "blocks_per_processor", *(f"{p}_us" for p in PIPES),
-               "predicted_us", "bound", "floor_us", "times_floor", "products")  # fmt: skip
+               "predicted_us", "bound", "floor_us", "times_floor", "products", "misfit")  # fmt: skip
     text = lambda v: "" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)  # noqa: E731
     table = [columns, *(tuple(text(row.get(column)) for column in columns) for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]

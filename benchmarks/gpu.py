@@ -27,8 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "runs" / "gpu"
 LIMIT = 470  # seconds of a step
-NEEDED = ("numpy", "einops", "safetensors", "tqdm", "tyro", "PIL", "pytest", "pytest_benchmark", "hypothesis", "pybind11",
-          "cmake", "ninja", "matplotlib", "setuptools")  # fmt: skip
+NEEDED = ("numpy", "einops", "safetensors", "tqdm", "tyro", "PIL", "pytest", "pytest_benchmark", "hypothesis",
+          "pybind11", "cmake", "ninja", "matplotlib", "setuptools")  # fmt: skip
 OPS = ("geglu", "ada_rms_norm", "cosine_rope", "neighborhood_attention")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCH = ("-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--disable-warnings")

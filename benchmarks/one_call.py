@@ -55,7 +55,7 @@ def emulated(case: cases.Case) -> dict[str, dict[str, float]]:
             counts = found.setdefault(name, dict.fromkeys(METRICS, 0.0))
             counts["sectors asked for"] += units["global_read"] + units["global_write"]
             counts["wavefronts"] += units["shared_read"] + units["shared_write"]
-            counts["instructions"] += counters.issue_slots(counters.symbols()[launch["kernel"]], launch)
+            counts["instructions"] += counters.issue_slots(counters.symbols()[launch["kernel"]], launch)[0]
     return found
 
 
