@@ -171,7 +171,7 @@ def test_the_same_bits_whatever_the_order_and_the_segments():
 
 
 def test_not_a_number_stays_near():
-    """A NaN reaches the queries that see it and those of tiles of 2 × 8 whose 16 columns of keys hold it, nothing else."""
+    """A NaN reaches the queries that see it, and those of tiles of 2 × 8 whose 16 columns of keys hold it."""
     for which in (1, 2):
         tokens, more = inputs((1, 21, 40))
         tokens[which][0, 10, 20, 0, 3] = torch.nan
