@@ -512,7 +512,7 @@ bool launch_for_shape(const NeighborhoodAttention& a, void* stream) {
     return launch<Strip<T, cosine, 32, 9, false, 2, 4>, 2>(a, stream);
   }
   if constexpr (common)
-    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 128, 7, true, 1, 2>, 2>(a, stream);
+    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 128, 7, true, 1, 3>, 1>(a, stream);
   return launch<Strip<T, cosine, 128, 9, false, 1, 2>, 1>(a, stream);
 }
 
