@@ -13,8 +13,8 @@ constexpr int kBlocksPerProcessor = 2;
 
 // What a block of queries_kernel leaves for the others: 16 bytes.
 struct alignas(16) Part {
-  float dcosine_scale;        // short of `scale`
-  float dout_squared, delta;  // the largest squared length of dout, and magnitude of delta
+  float dcosine_scale;  // short of `scale`
+  float dout, delta;    // the largest magnitudes of dout's elements and of delta
   float unused;
 };
 
@@ -38,9 +38,9 @@ struct BackwardArgs {
   uint32_t nothing;  // 0, which the compiler does not know: x | nothing has a register of its own, else loaded words are moved
 };
 
-// The largest length of dout and magnitude of delta, and the sum of what queries add to the gradient of cosine_scale.
+// The same of a thread, or of what it knows.
 struct Totals {
-  float dcosine_scale, dout_squared, delta;
+  float dcosine_scale, dout, delta;
 };
 
 // A strip's own keys: columns begin … end − 1. The last strip may begin before the one before it is full.
@@ -64,7 +64,8 @@ void launch_keys(const BackwardArgs& args, const NeighborhoodAttention& a, const
 template <class Launch>
 void with_kernel_types(const NeighborhoodAttention& a, Launch launch) {
   const auto with_dim = [&](auto element, auto cosine) {
-    if (a.dim == 64) launch(std::integral_constant<int, 64>(), element, cosine);
+    if (a.dim == 128) launch(std::integral_constant<int, 128>(), element, cosine);
+    else if (a.dim == 64) launch(std::integral_constant<int, 64>(), element, cosine);
     else launch(std::integral_constant<int, 32>(), element, cosine);
   };
   const auto with_element = [&](auto cosine) {
@@ -149,7 +150,8 @@ struct Stream {
     });
   }
 
-  // Prepares what `load` with the same arguments copied, after copy_async_wait and by the same lanes.
+  // Prepares what `load` with the same arguments copied, after copy_async_wait and by the same lanes; more(slot · columns +
+  // ring column, where the token of y lies).
   template <class T, bool cosine, class More>
   DEVICE void prepare(int row, int count, int slot, More more) const {
     const int t = threadIdx.x % 4;
@@ -161,8 +163,19 @@ struct Stream {
       float inverse_length;
       store_prepared<dim>(
           at, t, prepared<dim, T, cosine>(raw, load_angles<dim>(angles_at(at_row, column, t)), 1.0f, inverse_length));
-      more(at_slot * columns + column);
+      more(at_slot * columns + column, at + (y_ring - x_ring));
     });
+  }
+
+  // The lane's share of a raw token of y, at what `prepare` gives.
+  DEVICE Quarter<dim> load_y(uint32_t at) const {
+    Quarter<dim> x;
+#pragma unroll
+    for (int c = 0; c < kCopies; ++c) {
+      const uint4 w = core::load_shared<uint4>(at ^ (4 * c + int(threadIdx.x) % 4) << 4);
+      x.word[4 * c] = w.x, x.word[4 * c + 1] = w.y, x.word[4 * c + 2] = w.z, x.word[4 * c + 3] = w.w;
+    }
+    return x;
   }
 };
 
@@ -293,8 +306,28 @@ DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8
   return part;
 }
 
-// e with which x·2^e is at most about 2^top, given log2(x); at most 100 and at least −100.
-DEVICE float exponent_for(float log2_of_x, float top) { return fminf(fmaxf(ceilf(top - log2_of_x) - 1.0f, -100.0f), 100.0f); }
+// The larger of `x` and the magnitudes of a quarter's elements.
+template <int dim, class T>
+DEVICE float largest_of(const Quarter<dim>& quarter, float x) {
+#pragma unroll
+  for (int c = 0; c < dim / 8; ++c) {
+    x = fmaxf(x, fabsf(low<T>(quarter.word[c])));
+    x = fmaxf(x, fabsf(high<T>(quarter.word[c])));
+  }
+  return x;
+}
+
+// The exponent e with which ds·2^e, of queries whose dout has no element beyond `dout`, and so on, stays within float16.
+template <int dim>
+DEVICE float exponent_of_ds(float dout, float value, float delta) {
+  const float most = fmaf(dim * dout, value, delta);
+  return fminf(fmaxf(14.0f - ceilf(core::log2(most)), -100.0f), 100.0f);
+}
+
+DEVICE float max_of_token(float x) {
+  x = fmaxf(x, core::shuffle_xor(x, 1));
+  return fmaxf(x, core::shuffle_xor(x, 2));
+}
 
 DEVICE float max_of_warp(float x) {
 #pragma unroll

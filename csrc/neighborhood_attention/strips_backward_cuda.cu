@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(32) sum_kernel(const BackwardArgs args) {
 
 // ---- host side -------------------------------------------------------------------------------------------------------
 constexpr int kProcessors = 132;  // of an H200; only to cut the rows into segments
-constexpr int kMostRows = 192;    // of a segment: the tables of more cost the second block on a processor
+// Rows of a segment: more cost the second block on a processor, by their tables; fewer are read as often as not for others.
+constexpr int kMostRows = 192, kLeastRows = 8;
 
 uint32_t round_up(int64_t value, int64_t to) { return uint32_t((value + to - 1) / to * to); }
 
@@ -50,7 +51,7 @@ Layout layout_of(int dim, int warps, int ring, int table_rows, bool scalars) {
   layout.column_table = layout.scalars + (scalars ? round_up(ring * layout.columns * 8, 128) : 0);
   layout.row_table = layout.column_table + layout.columns * (dim / 2);
   layout.sums = layout.row_table + table_rows * (dim / 2);
-  layout.bytes = layout.sums + warps * 16;
+  layout.bytes = layout.sums + kMostWarps * 16;
   return layout;
 }
 
@@ -58,7 +59,7 @@ Layout layout_of(int dim, int warps, int ring, int table_rows, bool scalars) {
 void cut_rows(Args& args, int height, int64_t images) {
   constexpr int64_t kSlots = kBlocksPerProcessor * kProcessors;
   int64_t best = 0;
-  for (int segments = (height + kMostRows - 1) / kMostRows; segments <= (height + kStep - 1) / kStep; ++segments) {
+  for (int segments = (height + kMostRows - 1) / kMostRows; segments <= (height + kLeastRows - 1) / kLeastRows; ++segments) {
     const int rows = int(round_up(ceil_div(height, segments), kStep)), used = (height + rows - 1) / rows;
     const int64_t cost = ceil_div(used * args.strips * images, kSlots) * (rows + args.window_rows);
     if (best == 0 || cost < best) best = cost, args.rows = rows, args.segments = used;
@@ -84,8 +85,8 @@ bool strips_fit(int strips, int columns, int first_strip, int last_strip, int wi
 }
 
 // Cuts the columns into strips of keys, none of whose tiles is seen by queries of more than 16 columns. A tile of which only
-// some keys lie at a border may be; then strips begin before the image, or the last one before it has to. (False: with one
-// tile to a strip there may be no way.)
+// some keys lie at a border may be; then strips begin before the image, or the last one before it has to. (False
+// where there is no way: a window of 9 in 17 columns has a key that all 17 queries see; or strips of one tile.)
 bool cut_columns_of_keys(BackwardArgs& args, int columns) {
   const int width = args.forward.width, window = args.forward.window_columns;
   for (int more = 0; more < 2; ++more)
@@ -166,7 +167,7 @@ BackwardArgs plan_keys(BackwardArgs args, const NeighborhoodAttentionBackward& a
 bool takes(const NeighborhoodAttentionBackward& a) {
   const NeighborhoodAttention& f = a.forward;
   const auto fits = [&](const Tokens& x) { return x.data == nullptr || strips::takes(x, f); };
-  return strips::takes(f) && (f.dim == 64 || f.dim == 32) && a.dout.data != nullptr && fits(a.dout) && fits(a.dq) &&
+  return strips::takes(f) && (f.dim == 32 || f.dim == 64 || f.dim == 128) && a.dout.data != nullptr && fits(a.dout) && fits(a.dq) &&
          fits(a.dk) && fits(a.dv) && aligned(f.out);
 }
 

@@ -10,8 +10,6 @@ namespace {
 
 using namespace strips;
 
-constexpr float kTopOfKeys = 15.0f;
-
 // 2 × 8 keys; token g of rows y and y + 1.
 template <int dim>
 struct KeyTile {
@@ -19,22 +17,22 @@ struct KeyTile {
   float inverse_length[2], scale[2], unscale[2];  // scale: a power of two that keeps ds in float16's range
 };
 
-// The largest length of dout and magnitude of delta in the image, of this head.
+// The largest elements of dout and delta in the image, of this head.
 DEVICE Totals totals_of_head(const BackwardArgs& args, const Place& place, uint32_t sums) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const Part* parts = args.parts + (int64_t(place.image) * args.forward.heads + place.head) * args.parts_per_head;
   Totals totals = {};
   for (int i = threadIdx.x; i < args.parts_per_head; i += blockDim.x) {
     const Part part = core::load_global<Part>(parts + i);
-    totals.dout_squared = fmaxf(totals.dout_squared, part.dout_squared);
+    totals.dout = fmaxf(totals.dout, part.dout);
     totals.delta = fmaxf(totals.delta, part.delta);
   }
-  const float own[2] = {max_of_warp(totals.dout_squared), max_of_warp(totals.delta)};
+  const float own[2] = {max_of_warp(totals.dout), max_of_warp(totals.delta)};
   if (threadIdx.x % 32 == 0) core::store_shared<float2>(sums + warp * 8, float2{own[0], own[1]});
   core::sync_block();
   for (int w = 0; w < warps; ++w) {
     const float2 both = core::load_shared<float2>(sums + w * 8);
-    totals.dout_squared = fmaxf(totals.dout_squared, both.x);
+    totals.dout = fmaxf(totals.dout, both.x);
     totals.delta = fmaxf(totals.delta, both.y);
   }
   return totals;
@@ -56,45 +54,55 @@ DEVICE void load_keys(KeyTile<dim>& tile, const BackwardArgs& args, const Place&
     put<dim>(tile.v, half, value);
     tile.scale[half] = tile.unscale[half] = 1;
     if constexpr (std::is_same_v<Held<T, cosine>, Float16>) {
-      float squared = 0;
-#pragma unroll
-      for (int c = 0; c < dim / 8; ++c) squared = dot_of_words<T>(value.word[c], value.word[c], squared);
-      const float most_change = sqrtf(sum_of_token(squared) * totals.dout_squared) + totals.delta;
-      const float exponent = exponent_for(core::log2(most_change), kTopOfKeys);
+      const float largest = max_of_token(largest_of<dim, T>(value, 0.0f));
+      const float exponent = exponent_of_ds<dim>(totals.dout, largest, totals.delta);
       tile.scale[half] = core::exp2(exponent), tile.unscale[half] = core::exp2(-exponent);
     }
   }
 }
 
+// Which gradients a march over the rows of queries adds up. Heads of 128 leave no registers for both at once.
+enum class Sums { both, keys, values };
+
 // What one row of queries adds to dk and dv. scalars: their levels, and `delta_ring` bytes later −delta, of the first of 16.
-template <int dim, class T, bool cosine>
+template <int dim, class T, bool cosine, Sums sums>
 DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4], const KeyTile<dim>& tile, uint32_t queries,
                                uint32_t douts, uint32_t scalars, uint32_t delta_ring, const Sixteen<dim>& places,
                                const uint32_t (&seen)[2][2], float slope) {
   using Unit = Held<T, cosine>;
-  float p[2][4], d[2][4], start[2][4], level[2][2];
+  const uint32_t at = scalars + threadIdx.x % 4 * 8;
+  float p[2][4];
+  times_prepared<dim, Unit>(p, tile.k, queries + places.prepared_at);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const uint32_t at = scalars + 32 * n + threadIdx.x % 4 * 8;
-    const float2 levels = core::load_shared<float2>(at), deltas = core::load_shared<float2>(at + delta_ring);
-    level[n][0] = levels.x, level[n][1] = levels.y;
-    start[n][0] = start[n][2] = deltas.x, start[n][1] = start[n][3] = deltas.y;
+    const float2 level = core::load_shared<float2>(at + 32 * n);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) p[n][e] = core::exp2(fmaf(p[n][e], slope, e % 2 ? level.y : level.x));
   }
-  times_prepared<dim, Unit>(p, tile.k, queries + places.prepared_at);
-  times_raw<dim, T>(d, start, tile.v, douts + places.raw_at);
+  if constexpr (sums != Sums::keys) {
+    uint32_t weights[4];
+    pack_seen<T>(weights, p, seen);
+    add_weighted<dim, T>(dv, weights, douts + places.transposed_at);
+  }
+  if constexpr (sums != Sums::values) {
+    float d[2][4], start[2][4];
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      p[n][e] = core::exp2(fmaf(p[n][e], slope, level[n][e % 2]));
-      d[n][e] *= p[n][e];
-      if constexpr (std::is_same_v<Unit, Float16>) d[n][e] *= tile.scale[e / 2];
+    for (int n = 0; n < 2; ++n) {
+      const float2 delta = core::load_shared<float2>(at + 32 * n + delta_ring);
+      start[n][0] = start[n][2] = delta.x, start[n][1] = start[n][3] = delta.y;
     }
-  uint32_t weights[4], ds[4];
-  pack_seen<T>(weights, p, seen);
-  pack_seen<Unit>(ds, d, seen);
-  add_weighted<dim, T>(dv, weights, douts + places.transposed_at);
-  add_weighted<dim, Unit>(dk, ds, queries + places.transposed_at);
+    times_raw<dim, T>(d, start, tile.v, douts + places.raw_at);
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        d[n][e] *= p[n][e];
+        if constexpr (std::is_same_v<Unit, Float16>) d[n][e] *= tile.scale[e / 2];
+      }
+    uint32_t ds[4];
+    pack_seen<Unit>(ds, d, seen);
+    add_weighted<dim, Unit>(dk, ds, queries + places.transposed_at);
+  }
 }
 
 // Accumulators hold features 2t, 2t + 1 of every chunk of 8. Neighbours exchange, so that a lane has 4 features together.
@@ -113,20 +121,24 @@ DEVICE void store_sums(char* token, const float (&sums)[dim / 8][4], int half, b
   }
 }
 
-template <int dim, class T, bool cosine>
+// dk and dv of a tile, from the sums that `sums` says; `mine`: of which row.
+template <int dim, class T, bool cosine, Sums sums>
 DEVICE void store_keys(const float (&dk)[dim / 8][4], const float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
                        const BackwardArgs& args, const Place& place, const Stream<dim>& stream, const int (&y)[2], int x,
                        const bool (&mine)[2], float factor) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    Quarter<dim> result;
-    gradient_of_token<dim, T, cosine>(result, dk, tile.k, half, tile.inverse_length[half], factor * tile.unscale[half],
-                                      stream.angles_at(y[half], x - stream.first_column, t));
-    if (mine[half] && args.dk.data != nullptr)
-      store_quarter<dim>(token_at(args.dk, image_of(args.dk, place), y[half], x), t, result);
-    store_sums<dim, T>(token_at(args.dv, image_of(args.dv, place), y[half], x), dv, half,
-                       mine[half] && args.dv.data != nullptr);
+    if constexpr (sums != Sums::values) {
+      Quarter<dim> result;
+      gradient_of_token<dim, T, cosine>(result, dk, tile.k, half, tile.inverse_length[half], factor * tile.unscale[half],
+                                        stream.angles_at(y[half], x - stream.first_column, t));
+      if (mine[half] && args.dk.data != nullptr)
+        store_quarter<dim>(token_at(args.dk, image_of(args.dk, place), y[half], x), t, result);
+    }
+    if constexpr (sums != Sums::keys)
+      store_sums<dim, T>(token_at(args.dv, image_of(args.dv, place), y[half], x), dv, half,
+                         mine[half] && args.dv.data != nullptr);
   }
 }
 
@@ -158,7 +170,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
     if (thread % 4 == 1) core::copy_async_4(levels + 4 * at, f.lse + query);
     if (thread % 4 == 2) core::copy_async_4(levels + delta_ring + 4 * at, args.neg_delta + query);
   };
-  const auto scale_level = [&](int at) {
+  const auto scale_level = [&](int at, uint32_t) {
     if (thread % 4 == 1)
       core::store_shared<float>(levels + 4 * at, core::load_shared<float>(levels + 4 * at) * -kLog2E);
   };
@@ -211,21 +223,30 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
     if (active) {
       KeyTile<dim> tile;
       load_keys<dim, T, cosine>(tile, args, place, stream, totals, y, safe_x);
-      float dk[dim / 8][4] = {}, dv[dim / 8][4] = {};
       const int last_of_first = last_query(y[0], f.height, f.window_rows), first_of_last = first_query(y[1], f.window_rows);
-      int slot = low_slot;
-#pragma unroll 1
-      for (int r = low; r <= high; ++r) {
-        const uint32_t at = slot * stream.row_bytes(), scalars = levels + (slot * stream.columns + window) * 4;
-        const uint32_t above = r <= last_of_first ? ~0u : 0u, below = r >= first_of_last ? ~0u : 0u;
-        const uint32_t seen[2][2] = {{in_window[0] & above, in_window[0] & below},
-                                     {in_window[1] & above, in_window[1] & below}};
-        add_row_of_queries<dim, T, cosine>(dk, dv, tile, stream.x_ring + at, stream.y_ring + at, scalars, delta_ring,
-                                           places, seen, slope);
-        if (++slot == stream.ring) slot = 0;
-      }
       const bool inside = x >= 0 && x < strip.end, mine[2] = {inside && row >= 0, inside && row + 1 < y_end};
-      store_keys<dim, T, cosine>(dk, dv, tile, args, place, stream, y, safe_x, mine, factor);
+      const auto add_up = [&](auto which) {
+        constexpr Sums sums = decltype(which)::value;
+        float dk[dim / 8][4] = {}, dv[dim / 8][4] = {};
+        int slot = low_slot;
+#pragma unroll 1
+        for (int r = low; r <= high; ++r) {
+          const uint32_t at = slot * stream.row_bytes(), scalars = levels + (slot * stream.columns + window) * 4;
+          const uint32_t above = r <= last_of_first ? ~0u : 0u, below = r >= first_of_last ? ~0u : 0u;
+          const uint32_t seen[2][2] = {{in_window[0] & above, in_window[0] & below},
+                                       {in_window[1] & above, in_window[1] & below}};
+          add_row_of_queries<dim, T, cosine, sums>(dk, dv, tile, stream.x_ring + at, stream.y_ring + at, scalars,
+                                                   delta_ring, places, seen, slope);
+          if (++slot == stream.ring) slot = 0;
+        }
+        store_keys<dim, T, cosine, sums>(dk, dv, tile, args, place, stream, y, safe_x, mine, factor);
+      };
+      if constexpr (dim < 128) {
+        add_up(std::integral_constant<Sums, Sums::both>());
+      } else {
+        if (args.dv.data != nullptr) add_up(std::integral_constant<Sums, Sums::values>());
+        if (args.dk.data != nullptr) add_up(std::integral_constant<Sums, Sums::keys>());
+      }
     }
     core::copy_async_wait<0>();
     stream.template prepare<T, cosine>(have, coming, have_slot, scale_level);

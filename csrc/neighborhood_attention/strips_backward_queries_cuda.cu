@@ -9,8 +9,6 @@ namespace {
 
 using namespace strips;
 
-constexpr float kTopOfQueries = -5.0f;
-
 // 2 × 8 queries; token g of rows y and y + 1.
 template <int dim>
 struct QueryTile {
@@ -21,7 +19,7 @@ struct QueryTile {
 
 template <int dim, class T, bool cosine>
 DEVICE void load_queries(QueryTile<dim>& tile, Totals& totals, const BackwardArgs& args, const Place& place,
-                         const Stream<dim>& stream, int y, int x, int rows_left, int table_column) {
+                         const Stream<dim>& stream, int y, int x, int rows_left, int table_column, float largest_value) {
   const Args& f = args.forward;
   const int t = threadIdx.x % 4, safe_x = least(x, f.width - 1);
 #pragma unroll
@@ -36,24 +34,21 @@ DEVICE void load_queries(QueryTile<dim>& tile, Totals& totals, const BackwardArg
              prepared<dim, T, cosine>(raw, load_angles<dim>(stream.angles_at(y + half, table_column, t)), 1.0f,
                                       tile.inverse_length[half]));
     put<dim>(tile.dout, half, given);
-    float delta = 0, squared = 0;
+    float delta = 0;
 #pragma unroll
-    for (int c = 0; c < dim / 8; ++c) {
-      delta = dot_of_words<T>(given.word[c], out.word[c], delta);
-      squared = dot_of_words<T>(given.word[c], given.word[c], squared);
-    }
+    for (int c = 0; c < dim / 8; ++c) delta = dot_of_words<T>(given.word[c], out.word[c], delta);
     const float dlse = args.dlse == nullptr ? 0.0f : core::load_global<float>(args.dlse + at);
     const float neg_delta = dlse - sum_of_token(delta);
-    squared = sum_of_token(squared);
+    const float largest = max_of_token(largest_of<dim, T>(given, 0.0f));
     tile.level[half] = -kLog2E * core::load_global<float>(f.lse + at);
     tile.exponent[half] = 0;
     if constexpr (std::is_same_v<Held<T, cosine>, Float16>) {
-      tile.exponent[half] = exponent_for(0.5f * core::log2(fmaf(dlse, dlse, squared)), kTopOfQueries);
+      tile.exponent[half] = exponent_of_ds<dim>(largest, largest_value, fabsf(neg_delta));
       tile.level[half] += tile.exponent[half];
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) tile.start[n][2 * half] = tile.start[n][2 * half + 1] = neg_delta;
-    totals.dout_squared = fmaxf(totals.dout_squared, squared);
+    totals.dout = fmaxf(totals.dout, largest);
     totals.delta = fmaxf(totals.delta, fabsf(neg_delta));
     if (t == 0 && half < rows_left && x < f.width) core::store_global<float>(args.neg_delta + at, neg_delta);
   }
@@ -97,7 +92,8 @@ DEVICE void store_queries(const float (&dq)[dim / 8][4], const QueryTile<dim>& t
 // The block's totals, as one part for keys_kernel and sum_kernel.
 DEVICE void store_part(const Totals& totals, Part* part, uint32_t sums) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const float own[3] = {sum_of_warp(totals.dcosine_scale), max_of_warp(totals.dout_squared), max_of_warp(totals.delta)};
+  core::sync_block();  // `sums` has been in use
+  const float own[3] = {sum_of_warp(totals.dcosine_scale), max_of_warp(totals.dout), max_of_warp(totals.delta)};
   if (threadIdx.x % 32 == 0)
 #pragma unroll
     for (int i = 0; i < 3; ++i) core::store_shared<float>(sums + warp * 16 + 4 * i, own[i]);
@@ -106,7 +102,7 @@ DEVICE void store_part(const Totals& totals, Part* part, uint32_t sums) {
   Part result = {};
   for (int w = 0; w < warps; ++w) {
     result.dcosine_scale += core::load_shared<float>(sums + w * 16);
-    result.dout_squared = fmaxf(result.dout_squared, core::load_shared<float>(sums + w * 16 + 4));
+    result.dout = fmaxf(result.dout, core::load_shared<float>(sums + w * 16 + 4));
     result.delta = fmaxf(result.delta, core::load_shared<float>(sums + w * 16 + 8));
   }
   core::store_global<Part>(part, result);
@@ -114,6 +110,7 @@ DEVICE void store_part(const Totals& totals, Part* part, uint32_t sums) {
 
 template <int dim, class T, bool cosine>
 __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_kernel(const BackwardArgs args) {
+  constexpr bool kNarrow = std::is_same_v<Held<T, cosine>, Float16>;  // ds is rounded to float16
   const Args& f = args.forward;
   const uint32_t shared = core::dynamic_shared();
   const int thread = threadIdx.x, lane = thread % 32, warp = core::uniform(thread / 32), warps = blockDim.x / 32;
@@ -134,11 +131,30 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
                     stream.first_column, stream.columns, thread, blockDim.x);
   core::sync_block();
   const auto nothing_more = [](auto...) {};
+  // The largest element of values in the ring so far: each warp's of what it copied, for the next step, in turns.
+  const uint32_t largest_at = shared + args.layout.sums;
+  float largest_value = 0;
+  const auto find_largest = [&](int, uint32_t at) {
+    if constexpr (kNarrow) largest_value = largest_of<dim, T>(stream.load_y(at), largest_value);
+  };
+  const auto share_largest = [&](int step) {
+    if constexpr (kNarrow) {
+      largest_value = max_of_warp(largest_value);
+      if (lane == 0) core::store_shared<float>(largest_at + (step % 2 * kMostWarps + warp) * 4, largest_value);
+    }
+  };
+  const auto take_largest = [&](int step) {
+    if constexpr (kNarrow)
+#pragma unroll 1
+      for (int w = 0; w < warps; ++w)
+        largest_value = fmaxf(largest_value, core::load_shared<float>(largest_at + (step % 2 * kMostWarps + w) * 4));
+  };
   if (whole) {
     stream.load(stream.first_row, live, 0, nothing_more);
     core::copy_async_commit();
     core::copy_async_wait<0>();
-    stream.template prepare<T, cosine>(stream.first_row, live, 0, nothing_more);
+    stream.template prepare<T, cosine>(stream.first_row, live, 0, find_largest);
+    share_largest(0);
   }
 
   const Sixteen<dim> places(kTileColumns * warp, lane);
@@ -157,11 +173,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
     const int coming_slot = first_slot + live >= stream.ring ? first_slot + live - stream.ring : first_slot + live;
     const bool more = whole && done + kStep < rows;
     core::sync_block();
+    if (whole) take_largest(done / kStep);
     if (more) stream.load(coming, kStep, coming_slot, nothing_more);
     core::copy_async_commit();
     if (active) {
       QueryTile<dim> tile;
-      load_queries<dim, T, cosine>(tile, totals, args, place, stream, y, x, rows - done, table_column);
+      load_queries<dim, T, cosine>(tile, totals, args, place, stream, y, x, rows - done, table_column, largest_value);
       float dq[dim / 8][4] = {};
       int slot = first_slot;
 #pragma unroll 1
@@ -177,7 +194,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
         store_queries<dim, T, cosine>(dq, tile, totals, args, place, stream, y, x, rows - done, table_column, factor);
     }
     core::copy_async_wait<0>();
-    if (more) stream.template prepare<T, cosine>(coming, kStep, coming_slot, nothing_more);
+    if (more) {
+      stream.template prepare<T, cosine>(coming, kStep, coming_slot, find_largest);
+      share_largest(done / kStep + 1);
+    }
     first_slot = first_slot + kStep >= stream.ring ? first_slot + kStep - stream.ring : first_slot + kStep;
   }
   const int64_t parts = (int64_t(place.image) * f.heads + place.head) * args.parts_per_head;
