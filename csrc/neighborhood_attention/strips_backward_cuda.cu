@@ -36,9 +36,7 @@ __global__ void __launch_bounds__(32) sum_kernel(const BackwardArgs args) {
 }
 
 // ---- host side -------------------------------------------------------------------------------------------------------
-constexpr int kProcessors = 132;  // of an H200; only to cut the rows into segments
-// Rows of a segment: more cost the second block on a processor, by their tables; fewer are read as often as not for others.
-constexpr int kMostRows = 192, kLeastRows = 8;
+constexpr int kMostRows = 192;  // of a segment: the tables of more would cost the second block on a multiprocessor
 
 uint32_t round_up(int64_t value, int64_t to) { return uint32_t((value + to - 1) / to * to); }
 
@@ -55,15 +53,11 @@ Layout layout_of(int dim, int warps, int ring, int table_rows, bool scalars) {
   return layout;
 }
 
-// Cuts `height` rows into segments. Blocks run at most `slots` at a time, and each also loads the rows around its own.
+// Cuts `height` rows into segments, once there are strips.
 void cut_rows(Args& args, int height, int64_t images) {
-  constexpr int64_t kSlots = kBlocksPerProcessor * kProcessors;
-  int64_t best = 0;
-  for (int segments = (height + kMostRows - 1) / kMostRows; segments <= (height + kLeastRows - 1) / kLeastRows; ++segments) {
-    const int rows = int(round_up(ceil_div(height, segments), kStep)), used = (height + rows - 1) / rows;
-    const int64_t cost = ceil_div(used * args.strips * images, kSlots) * (rows + args.window_rows);
-    if (best == 0 || cost < best) best = cost, args.rows = rows, args.segments = used;
-  }
+  const int64_t at_once = int64_t(core::multiprocessors()) * kBlocksPerProcessor;
+  args.rows = segment_rows(height, args.strips * images, at_once, kStep, args.window_rows + kStep, kMostRows);
+  args.segments = (height + args.rows - 1) / args.rows;
 }
 
 // Whether the queries that see keys begin … end − 1 of a tile lie within the 16 columns that the tile is multiplied with.
@@ -99,18 +93,6 @@ bool cut_columns_of_keys(BackwardArgs& args, int columns) {
       }
     }
   return false;
-}
-
-// Shared memory that a block of the current device may have.
-int64_t most_shared_bytes() {
-#if defined(HDIT_EMULATION)
-  return 227 << 10;
-#else
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
-#endif
 }
 
 int64_t images(const NeighborhoodAttentionBackward& a) { return a.forward.batch * a.forward.heads; }
@@ -167,8 +149,8 @@ BackwardArgs plan_keys(BackwardArgs args, const NeighborhoodAttentionBackward& a
 bool takes(const NeighborhoodAttentionBackward& a) {
   const NeighborhoodAttention& f = a.forward;
   const auto fits = [&](const Tokens& x) { return x.data == nullptr || strips::takes(x, f); };
-  return strips::takes(f) && (f.dim == 32 || f.dim == 64 || f.dim == 128) && a.dout.data != nullptr && fits(a.dout) && fits(a.dq) &&
-         fits(a.dk) && fits(a.dv) && aligned(f.out);
+  return strips::takes(f) && (f.dim == 32 || f.dim == 64 || f.dim == 128) && a.dout.data != nullptr && aligned(f.out) &&
+         fits(a.dout) && fits(a.dq) && fits(a.dk) && fits(a.dv);
 }
 
 std::string describe(const NeighborhoodAttention& a) {
@@ -190,7 +172,7 @@ int64_t neighborhood_attention_strips_workspace_cuda(const NeighborhoodAttention
 bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBackward& a, void* workspace, void* stream) {
   if (!takes(a)) return false;
   if (images(a) == 0) return true;
-  const int64_t most_bytes = most_shared_bytes();
+  const int64_t most_bytes = int64_t(core::most_shared_bytes());
   const BackwardArgs args = args_of(a);
   BackwardArgs queries = plan_queries(args, a, most_bytes), keys = plan_keys(args, a, most_bytes);
   if (queries.warps == 0 || keys.warps == 0) return false;
