@@ -1,20 +1,18 @@
 // The fast path of neighborhood attention's backward pass: two kernels that march down strips, the same bits every time.
 //
-// 1. queries_kernel: dq, and notes for the second. A warp owns tiles of 2 × 8 queries, whose window is window_rows + 1 rows
-//    of 16 keys. Rows of prepared keys and of values stream through a ring in shared memory.
-// 2. keys_kernel: dk and dv. A warp owns tiles of 2 × 8 keys. The queries that see them are a contiguous range of rows
-//    (more than the window at a border, so that nothing has to be added back) and of at most 16 columns: the host cuts the
-//    strips so (columns_of_keys). Rows of prepared queries and of dout stream through the ring.
-// 3. sum_kernel: the gradient of cosine_scale from one number of each block of the first, in a fixed order.
+// 1. queries_kernel: dq, −delta of each query, and one Part of each block for the others.
+// 2. keys_kernel: dk and dv, from all queries that see a key.
+// 3. sum_kernel: the gradient of cosine_scale from the parts, in a fixed order.
 //
 // Both compute logits s = ⟨q', k'⟩ of prepared (unit, rotated) heads and weights p = exp(factor·s − lse) again, then
 // ds = p·(⟨dout, v⟩ − delta), delta = ⟨dout, out⟩ − dlse. Accumulators of one product are operands of the next as they are.
 // dq and dk end with the gradients of rotation and normalisation: with y = x·n, dx = n·(g − y·⟨y, g⟩); and ⟨q', dq'⟩ is
 // what the query adds to the gradient of cosine_scale.
 //
-// ds is rounded to float16 where q' and k' are (always but for plain bfloat16), and then scaled by powers of two that keep
-// it in float16's range: in the first kernel for each query by the length of its dout, in the second for each key by the
-// length of its value and the largest of dout and delta in the image. The scale leaves again in float32.
+// ds is rounded to float16 where q' and k' are (always but for plain bfloat16), scaled by a power of two that keeps it in
+// float16's range whatever the magnitudes are: in the first kernel one for each query, by its dout and delta and the values
+// that the block has met; in the second one for each key, by its value and the image's largest dout and delta. The scale
+// leaves again in float32.
 //
 // A NaN or an infinity in a token may reach the gradients of tokens that share a tile with those that see it: what is masked
 // becomes zero, but zero times NaN is NaN in a product of tiles.
