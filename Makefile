@@ -1,9 +1,10 @@
 # One command each. Everything happens in .venv; nothing but Python ≥ 3.10, a C++ compiler and this clone is needed.
 PYTHON ?= python3
+GPU_PYTHON ?= 3.12
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: help setup reproduce test emulated stress bench lint sanitize cuda-check triton-check clean
+.PHONY: help setup reproduce test emulated stress bench lint sanitize cuda-check triton-check counters gpu gpu-wheels clean
 
 help:
 	@echo "make reproduce    set up, check every op, print the FLOP table, draw the scaling plots, time the ops"
@@ -12,10 +13,16 @@ help:
 	@echo "make bench        every benchmark; rows and a roofline picture into benchmarks/results/"
 	@echo "make lint         ruff check and format"
 	@echo "make sanitize     test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)"
+	@echo "make emulated     the CUDA kernels as a module that runs on a CPU, which the tests use"
 	@echo "make cuda-check   compile every CUDA kernel for sm_80 and sm_90a; registers, spills, shared memory"
+	@echo "make counters     predict the time of every CUDA kernel on an H200 from counted accesses and machine code"
+	@echo "make gpu          on a GPU: tests, sanitizers, benchmarks, step by step"
 	@echo "make triton-check compile every Triton kernel for four GPUs; registers, spills, predicted time"
 
 setup: .venv/installed
+
+$(RUN):
+	$(MAKE) setup
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*/*)
 	test -x $(RUN) || $(PYTHON) -m venv .venv
@@ -36,7 +43,7 @@ test: setup emulated
 	$(RUN) -m pytest
 
 # The CUDA kernels as a module that runs on a CPU, for tests (csrc/emulation.h); never part of the package.
-emulated: setup
+emulated: $(RUN)
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B build/emulated -G Ninja -DHDIT_EMULATION=ON -DCMAKE_BUILD_TYPE=None \
 		-DPython_EXECUTABLE=$(abspath $(RUN)) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/emulated >build/emulated.log || { cat build/emulated.log; exit 1; }
@@ -76,6 +83,21 @@ sanitize: setup
 
 cuda-check:
 	$(PYTHON) csrc/cuda_check.py
+
+# What CUDA kernels ask of an H200, counted by the emulation and in their machine code.
+counters: emulated
+	$(RUN) -m benchmarks.counters
+
+# On a machine with a GPU, whose Python has PyTorch; without a network WHEELS is a folder that `make gpu-wheels` filled.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS)) $(STEPS)
+
+gpu-wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest $(or $(WHEELS),wheels) \
+		$(foreach n,28 27 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
+		--platform manylinux1_x86_64 numpy einops safetensors tqdm tyro docstring_parser shtab typeguard pillow pytest \
+		pluggy iniconfig pygments packaging pytest-benchmark py-cpuinfo hypothesis sortedcontainers pybind11 cmake ninja \
+		matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six setuptools wheel
 
 triton-check: setup
 	$(RUN) -m benchmarks.triton_check

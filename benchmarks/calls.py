@@ -22,10 +22,10 @@ IDIOMS = {
 
 def backends(op: str, device: str) -> list[str]:
     """Ours, best first, then the peers."""
-    interpreted = device == "cpu"  # Triton then is its interpreter, whose time says nothing
-    left_out = {"reference", "triton"} if interpreted else {"reference"}
+    # on a CPU Triton is its interpreter and CUDA its emulation, whose times say nothing
+    left_out = {"reference", "triton", "cuda"} if device == "cpu" else {"reference"}
     present = [b for b in hdit_kernels.available_backends(op, device) if b not in left_out]
-    peers = list(PEERS) if op == ATTENTION and device == "cpu" else []
+    peers = list(PEERS) if op == ATTENTION else []
     return [*present, *peers, *([EAGER] if op in IDIOMS else []), "reference", COMPILED]
 
 
@@ -34,8 +34,8 @@ def function(case: cases.Case, backend: str, dtype: torch.dtype, threads: int):
     """What a user would call. Compiled code is for one dtype and number of threads, and only the last is kept."""
     if backend in PEERS:
         torch._dynamo.reset()
-        (qkv,), _ = case.arguments(dtype)
-        return PEERS[backend].make(tuple(qkv.shape[1:3]), 7)
+        (qkv,), options = case.arguments(dtype)
+        return PEERS[backend].make(tuple(qkv.shape[1:3]), options.get("kernel_size", 7))
     if backend == EAGER:
         return IDIOMS[case.op]
     call = functools.partial(case.function, backend="reference" if backend == COMPILED else backend)
@@ -49,7 +49,8 @@ def calls(case: cases.Case, backend: str, dtype: torch.dtype, device: str = "cpu
     """{"forward": …, "forward+backward": …}: functions without arguments, of a user's call on random tensors."""
     call = function(case, backend, dtype, torch.get_num_threads())
     args, kwargs = case.arguments(dtype, device)
-    kwargs.pop("return_lse", None)
+    for name in ("return_lse", "kernel_size") if backend in PEERS else ("return_lse",):
+        kwargs.pop(name, None)  # a peer was made for its kernel size
     tensors = (*args, *kwargs.values())
     leaves = [t.requires_grad_() for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
 

@@ -33,8 +33,8 @@ OBJECTS = ROOT / "build" / "cuda-check" / "CMakeFiles" / "cuda_kernels.dir" / "c
 ARCH = "sm_90a"
 WARPS, REGISTERS, SHARED = 64, 65536, 233472  # of a processor: warps, registers, bytes of shared memory
 PIPES = ("dram", "l2", "shared", "mma", "mufu", "issue")
-COLUMNS = ("what", "case", "dtype", "direction", "kernel", "blocks", "threads", "registers", "shared_bytes",
-           "blocks_per_processor", *(f"{pipe}_us" for pipe in PIPES), "predicted_us", "bound", "floor_us",
+COLUMNS = ("what", "case", "dtype", "direction", "kernel", "blocks", "threads", "registers", "instructions",
+           "shared_bytes", "blocks_per_processor", *(f"{pipe}_us" for pipe in PIPES), "predicted_us", "bound", "floor_us",
            "times_floor", "products")  # fmt: skip
 TOLERATED = 1.05  # × the committed prediction
 # × floor of the flagship in bfloat16, by its slowest pipe
@@ -75,7 +75,7 @@ def symbols() -> dict[int, str]:
         ["nm", "-C", "--defined-only", extension.emulated.__file__], capture_output=True, text=True, check=True
     ).stdout
     found = (line.split(maxsplit=2) for line in listing.splitlines())
-    return {int(address, 16): plain(name) for address, kind, name in found if kind in "tTwW" and "_kernel" in name}
+    return {int(address, 16): plain(name) for address, kind, name in found if kind in "tTwW"}
 
 
 def plain(name: str) -> str:
@@ -194,7 +194,8 @@ def predict(launch: dict, times: int) -> dict:
     resident = min(by_registers, SHARED // (launch["shared_bytes"] + 1024), WARPS * 32 // launch["threads"])
     times_us = {f"{pipe}_us": 1e6 * times * value for pipe, value in seconds.items()}
     return {"kernel": kernel, "blocks": counts["blocks"] * times, "threads": launch["threads"], "registers": registers,
-            "shared_bytes": launch["shared_bytes"], "blocks_per_processor": resident,
+            "instructions": len(machine_code()[kernel][1]), "shared_bytes": launch["shared_bytes"],
+            "blocks_per_processor": resident,
             "mma_fma": counts["mma_fma"] * times, **times_us}  # fmt: skip
 
 

@@ -6,6 +6,7 @@ graph of `torch.compile` with everything in it, the preparation of q and k too. 
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hdit_kernels import cases, neighborhood_attention_qkvpacked
 from hdit_kernels.cosine_rope import prepare
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 8  # queries a side that share their keys in tiled attention: 8 was best of 4×8, 8×8, 4×16, 8×16, 16×16
 BLOCK = 64  # of FlexAttention: as fast as 32, faster than 128
 
@@ -118,7 +120,8 @@ def shifted_products(grid, kernel: int):
 
 def tiled_attention(grid, kernel: int):
     """`scaled_dot_product_attention` of tiles of queries with all keys that any of them sees, and a mask."""
-    (key_rows, row_mask), (key_columns, column_mask) = (tiles_of(length, kernel) for length in grid)
+    with torch.device(DEVICE):
+        (key_rows, row_mask), (key_columns, column_mask) = (tiles_of(length, kernel) for length in grid)
     mask = row_mask[:, None, :, None, :, None] & column_mask[None, :, None, :, None, :]
     mask = mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)[:, None]  # (tiles, 1, queries, keys)
     rows, columns = len(key_rows), len(key_columns)
@@ -152,7 +155,7 @@ def tiles_of(length: int, kernel: int):
 
 
 def compiled_flex_attention(grid, kernel: int):
-    """Forward only: on a CPU "FlexAttention does not support backward"."""
+    """On a CPU forward only: "FlexAttention does not support backward" there."""
     block_mask = window_mask(grid, kernel)
 
     def attention(qkv, cosine_scale, rope):
@@ -173,7 +176,26 @@ def window_mask(grid, kernel: int):
         return (down >= 0) & (down < kernel) & (right >= 0) & (right < kernel)
 
     tokens = height * width
-    return create_block_mask(sees, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK)
+    size = BLOCK if DEVICE == "cpu" else 128
+    compiled = DEVICE == "cuda"  # else all pairs of tokens are made, which at 256² are 4 GB
+    return create_block_mask(sees, None, None, tokens, tokens, device=DEVICE, BLOCK_SIZE=size, _compile=compiled)
+
+
+# ---- NATTEN ---------------------------------------------------------------------------------------------------------
+
+
+def natten_attention(grid, kernel: int):
+    """Where NATTEN is installed (GPUs only): its kernel behind a compiled preparation of q and k."""
+    import natten
+
+    prepare_all = torch.compile(
+        lambda qkv, *others: [t.permute(0, 2, 3, 1, 4).to(qkv.dtype).contiguous() for t in prepared(qkv, *others)]
+    )
+
+    def attention(qkv, cosine_scale, rope):
+        return natten.na2d(*prepare_all(qkv, cosine_scale, rope), kernel_size=kernel, scale=1.0)
+
+    return attention
 
 
 class Peer(NamedTuple):
@@ -184,8 +206,10 @@ class Peer(NamedTuple):
 PEERS = {
     "shifted products": Peer(shifted_products),
     "tiled SDPA": Peer(tiled_attention),
-    "FlexAttention": Peer(compiled_flex_attention, trains=False),
+    "FlexAttention": Peer(compiled_flex_attention, trains=DEVICE == "cuda"),
 }
+if DEVICE == "cuda" and importlib.util.find_spec("natten"):
+    PEERS["NATTEN"] = Peer(natten_attention)
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
@@ -198,14 +222,14 @@ def results(function, case: cases.Case, dtype, dout=None, *, exact=False, train=
     says nothing; with the output added to it, each token's part is positive (a larger scale makes a longer output).
     """
     widen = (lambda t: t.double()) if exact else (lambda t: t)
-    (qkv,), options = case.arguments(dtype)
+    (qkv,), options = case.arguments(dtype, DEVICE)
     leaves = [widen(qkv).requires_grad_(train), widen(options["cosine_scale"]).requires_grad_(train)]
     out = function(leaves[0], cosine_scale=leaves[1], rope=type(options["rope"])(*map(widen, options["rope"])))
     if not train:
         return [out]
     if dout is None:
         generator = torch.Generator().manual_seed(1)
-        dout = torch.randn(out.shape, generator=generator, dtype=out.dtype) + 4 * out.detach()
+        dout = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) + 4 * out.detach()
     dout = dout.to(dtype)
     return [out.detach(), dout, *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 

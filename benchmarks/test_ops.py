@@ -14,7 +14,7 @@ from hdit_kernels import cases
 
 DTYPES = (torch.float32, torch.bfloat16)
 DIRECTIONS = ("forward", "forward+backward")
-CASES = cases.timed()
+CASES = cases.timed() if DEVICE == "cpu" else (*cases.timed(), *cases.timed_on_gpu())
 SMALLEST, *_, LARGEST = [case for case in CASES if case.op == ATTENTION]
 
 
@@ -51,7 +51,7 @@ LEFT_OUT = {f"{run[3]}: {why_not(*run)}": None for run in ALL if why_not(*run)}
 @functools.lru_cache(maxsize=1)
 def check(case, dtype, backend: str, threads: int) -> None:
     """A backend or peer that does not match the reference is not timed."""
-    if case.op == ATTENTION and DEVICE == "cpu":  # in bounded memory
+    if case.op == ATTENTION:  # in bounded memory
         trains = backend not in PEERS or PEERS[backend].trains
         found = errors(function(case, backend, dtype, threads), case, dtype, trains)
     else:

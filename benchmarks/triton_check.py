@@ -33,7 +33,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -78,24 +77,6 @@ class Complaints(defaultdict):
 
 
 # ---- what is launched ------------------------------------------------------------------------------------------------
-
-
-def gpu_cases() -> list[cases.Case]:
-    """HDiT's levels for FFHQ-1024 at batch 8 (arXiv 2401.11605, Table 6), a larger window, a norm beyond 256 MB."""
-    full: dict[str, Any] = dict(packed=True, cosine=True, rope=8, lse=False)
-    made = []
-    for side, heads, k in (256, 2, 7), (256, 2, 13), (128, 4, 7), (64, 6, 7):
-        label = f"8x{side}x{side}x{heads}x64 k{k}"
-        made.append(cases.attention_case(label, (8, side, side), heads, 64, kernel_size=k, **full))
-    for side, heads in (32, 12), (16, 16):
-        made.append(cases.rope_case(f"8x{side}x{side}x{heads}x64 packed", (8, side, side), heads, 64, 8, "packed"))
-    for side, width in (256, 128), (128, 256), (64, 384), (32, 768), (16, 1024):
-        tokens = side * side
-        made.append(cases.geglu_case(f"8x{tokens}x{6 * width}", 8, tokens, 6 * width))
-        made.append(cases.norm_case(f"8x{tokens}x{width}", (8, tokens, width), (8, width)))
-        made.append(cases.linear_geglu_case(f"8x{tokens}x{width}", (8, tokens), width, 3 * width, False))
-    made.append(cases.norm_case("16x65536x128", (16, 65536, 128), (16, 128)))
-    return made
 
 
 @dataclass(frozen=True)
@@ -168,7 +149,7 @@ def passes(case: cases.Case, dtype: str, arch: str) -> Iterator[Pass]:
 
 def all_passes(archs, everything: bool, only: str, complaints: Complaints) -> list[Pass]:
     found = []
-    chosen = [case for case in (*cases.timed(), *gpu_cases()) if only in str(case)]
+    chosen = [case for case in (*cases.timed(), *cases.timed_on_gpu()) if only in str(case)]
     chosen = [case for case in chosen if "triton" in machinery.find(case.op).kernels]
     for case, arch in itertools.product(chosen, archs):
         for dtype in DTYPES if everything or arch in STRICT else ("bfloat16",):

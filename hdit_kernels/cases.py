@@ -242,6 +242,24 @@ def timed() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def timed_on_gpu() -> tuple[Case, ...]:
+    """HDiT's levels for FFHQ-1024 at batch 8 (arXiv 2401.11605, Table 6), a larger window, a norm beyond 256 MB."""
+    full: dict[str, Any] = dict(packed=True, cosine=True, rope=8, lse=False)
+    made = []
+    for side, heads, k in (256, 2, 7), (256, 2, 13), (128, 4, 7), (64, 6, 7):
+        label = f"8x{side}x{side}x{heads}x64 k{k}"
+        made.append(attention_case(label, (8, side, side), heads, 64, kernel_size=k, **full))
+    for side, heads in (32, 12), (16, 16):
+        made.append(rope_case(f"8x{side}x{side}x{heads}x64 packed", (8, side, side), heads, 64, 8, "packed"))
+    for side, width in (256, 128), (128, 256), (64, 384), (32, 768), (16, 1024):
+        tokens = side * side
+        made.append(geglu_case(f"8x{tokens}x{6 * width}", 8, tokens, 6 * width))
+        made.append(norm_case(f"8x{tokens}x{width}", (8, tokens, width), (8, width)))
+        made.append(linear_geglu_case(f"8x{tokens}x{width}", (8, tokens), width, 3 * width, False))
+    made.append(norm_case("16x65536x128", (16, 65536, 128), (16, 128)))
+    return tuple(made)
+
+
 def error(got: Tensor, exact: Tensor, rounded: Tensor, dtype: torch.dtype, stored: Tensor | None = None) -> float:
     """How far `got` is from the float64 reference, in units of what is allowed (≤ 1 passes).
 

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hdit_kernels import cases
+
 ROOT = Path(__file__).parent.parent
 BLOCK = 128  # float32 elements: one access of 16 bytes for each thread of a warp
 
@@ -297,7 +299,7 @@ def facts(folder: Path) -> dict:
     real = triton_launch.launch
     with mock.patch.object(triton_launch, "launch", lambda *a, **k: real(*a, **{**k, "moved": 1})):
         found["too fast"] = ran("--only", "geglu[256x4608", "--arch", "sm_90a")[1]
-    gpu_sized = triton_check.gpu_cases()
+    gpu_sized = cases.timed_on_gpu()
     linear = next(case for case in gpu_sized if case.op == "linear_geglu")
     row = dict.fromkeys((*triton_check.US, "predicted_us", "macs"), 1.0)
     found["linear"] = [

@@ -9,7 +9,7 @@
 // A tile in shared memory is 64 rows of 64 features (a chunk of a head); longer heads are added up chunk by chunk, and results
 // of more than 64 features are made by several blocks, each of which computes the softmax for itself. A product over features
 // does not care about their order: a thread holds "pairs", four features and the four that turn with them, at 4·pair and
-// 32 + 4·pair of a row. Heads are divided by their lengths after the products: a row need not be whole for them to begin.
+// 32 + 4·pair of a row (Heads::feature). Heads are divided by their lengths after the products: a row need not be whole for them to begin.
 //
 // A thread multiplies 4 own rows with 8 others (or with 8 features): per 128 multiply-adds 12 shared loads of 16 bytes. Eight
 // lanes that take turns at shared memory read one own row, or eight others whose 16-byte units the rows' numbers permute.
@@ -57,10 +57,6 @@ DEVICE float weight_of(float logit) {
   if constexpr (sizeof(T) == 4) return exp2_exact(logit);
   else return core::exp2(logit);
 }
-DEVICE float rsqrt_exact(float x) {
-  const float y = core::rsqrt(x);
-  return y * (1.5f - 0.5f * x * y * y);
-}
 DEVICE float log2_exact(float x) {
   const float y = core::log2(x);
   return y + (x * exp2_exact(-y) - 1.0f) * kLog2e;
@@ -85,8 +81,8 @@ struct Axis {
     return larger((key - kernel + 1 + kernel / 2 - stride / 2 + stride - 1) / stride * stride, 0);
   }
   DEVICE int readers_end(int key, int size) const {
-    if (causal) return smaller((key + kernel - stride) / stride * stride + stride, size);
     if (key >= size - kernel) return size;
+    if (causal) return smaller((key + kernel - stride) / stride * stride + stride, size);
     return smaller((key + kernel / 2 - stride / 2 + stride) / stride * stride, size);
   }
 };
@@ -131,8 +127,8 @@ struct Call {
   NeighborhoodAttentionBackward g;  // of a forward pass: g.forward
   Plan plan;
   float4* notes;  // (batch, height, width, heads): what a query's weights are computed from, see backward
-  float* parts;   // (batch, heads, tiles): of cosine_scale's gradient
-  float* sums;    // (segments, batch, heads, extra, dim + v_dim + 1): of the gradients of additional tokens
+  double* parts;  // (batch, heads, tiles): of cosine_scale's gradient
+  float* sums;    // (segments, batch, heads, extra, dim + v_dim + 4): of the gradients of additional tokens
 };
 
 // ---- where blocks, tiles and threads are -----------------------------------------------------------------------------------
@@ -279,11 +275,12 @@ struct Heads {
   DEVICE T* at(int y, int x) const { return data + y * row_stride + x * column_stride; }
   DEVICE int pairs(int chunk) const { return smaller((size - kFeatures * chunk + 7) / 8, 8); }
 
-  // The e-th feature of a pair's first or second four. With odd r every feature has a place of its own.
+  // The e-th feature of a pair's first or second four, or `size` or more where there is none. Those that turn together are 2r
+  // apart, the others half of what is left, so that neighbouring threads read neighbouring features.
   DEVICE int feature(int pair, int half, int e) const {
-    const int n = 4 * pair + e;
+    const int n = 4 * pair + e, rest = size - 4 * r, apart = wide ? (rest + 7) / 8 * 4 : (rest + 1) / 2;
     if (n < 2 * r) return n + half * 2 * r;
-    return wide || r % 2 == 0 ? 8 * pair + 4 * half + e : 2 * n + half;
+    return n - 2 * r < apart ? n + 2 * r + half * apart : size;
   }
   // Zeros for features that do not exist, and for all of a token that is not shown.
   DEVICE void read(const T* token, int pair, bool shown, Pack<Element, 4> (&x)[2]) const {
@@ -351,8 +348,16 @@ DEVICE void turn(uint32_t turns, const Tile& tile, int slot, int pair, int r, fl
 }
 
 // ---- tiles into shared memory ----------------------------------------------------------------------------------------------------
-// A thread brings pair `threadIdx % 8` of the chunk for four tokens: slots threadIdx / 8 + 16p.
-DEVICE int brought_slot(int p) { return threadIdx.x / 8 + 16 * p; }
+// Which part of a tile a thread brings: one pair of the chunk, for four tokens, slots first + 16p. (Opaque: what is computed
+// from it would else be kept in registers from tile to tile.)
+struct Part {
+  int pair, first;
+  DEVICE Part() {
+    const uint32_t thread = core::opaque(uint32_t(threadIdx.x));
+    pair = thread % 8, first = thread / 8;
+  }
+  DEVICE int slot(int p) const { return first + 16 * p; }
+};
 
 template <class T>
 struct Brought {
@@ -363,13 +368,14 @@ struct Brought {
 // From global memory to registers. mask: of the batch item's tokens, or null.
 template <class T>
 DEVICE void fetch(Brought<T>& brought, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask, int width) {
+  const Part part;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
-    const int slot = brought_slot(p), y = tile.y_of(slot), x = tile.x_of(slot);
+    const int slot = part.slot(p), y = tile.y_of(slot), x = tile.x_of(slot);
     bool shown = tile.exists(slot) && heads.data != nullptr;
     if (shown && mask != nullptr) shown = core::load_global<bool>(mask + int64_t(y) * width + x);
     brought.shown[p] = shown;
-    heads.read(heads.at(y, x), 8 * chunk + threadIdx.x % 8, shown, brought.x[p]);
+    heads.read(heads.at(y, x), 8 * chunk + part.pair, shown, brought.x[p]);
   }
 }
 
@@ -383,24 +389,48 @@ DEVICE uint32_t pair_at(uint32_t tile, int slot, int pair) { return tile + slot 
 // From registers to a tile; turned unless `turns` is 0.
 template <class T>
 DEVICE void put(const Brought<T>& brought, uint32_t to, const Tile& tile, int chunk, uint32_t turns, int r) {
-  const int pair = threadIdx.x % 8;
+  const Part part;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
     float x[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] = core::to_float(brought.x[p][e / 4].lane[e % 4]);
-    if (turns != 0) turn(turns, tile, brought_slot(p), 8 * chunk + pair, r, 1.0f, x);
-    core::store_shared(pair_at(to, brought_slot(p), pair), four_of(x, 0));
-    core::store_shared(pair_at(to, brought_slot(p), pair) + kRowBytes / 2, four_of(x, 1));
+    if (turns != 0) turn(turns, tile, part.slot(p), 8 * chunk + part.pair, r, 1.0f, x);
+    core::store_shared(pair_at(to, part.slot(p), part.pair), four_of(x, 0));
+    core::store_shared(pair_at(to, part.slot(p), part.pair) + kRowBytes / 2, four_of(x, 1));
   }
+}
+
+// Values of 64 features in float32, for which nothing is to be computed, from global memory to a tile without registers. There
+// after copy_async_wait and a barrier.
+template <class T>
+DEVICE void copy(uint32_t to, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask, int width) {
+  const Part part;
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    const int slot = part.slot(p), y = tile.y_of(slot), x = tile.x_of(slot);
+    const uint32_t at = pair_at(to, slot, part.pair);
+    bool shown = tile.exists(slot) && heads.data != nullptr;
+    if (shown && mask != nullptr) shown = core::load_global<bool>(mask + int64_t(y) * width + x);
+    if (shown) {
+      const T* const from = heads.at(y, x) + heads.feature(8 * chunk + part.pair, 0, 0);
+      core::copy_async_16(at, from);
+      core::copy_async_16(at + kRowBytes / 2, from + kFeatures / 2);
+    } else {
+      core::store_shared(at, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+      core::store_shared(at + kRowBytes / 2, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+    }
+  }
+  core::copy_async_commit();
 }
 
 // 1 / length of each head into its note, −1 of what is hidden. Squares are added up from the first chunk to the last.
 template <class T>
 DEVICE void put_lengths(const Brought<T>& brought, uint32_t notes, bool cosine, bool first, bool last) {
+  const Part part;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
-    const uint32_t note = note_at(notes, brought_slot(p), 3);
+    const uint32_t note = note_at(notes, part.slot(p), 3);
     float squares = 0.0f;
     if (cosine) {
 #pragma unroll
@@ -411,9 +441,9 @@ DEVICE void put_lengths(const Brought<T>& brought, uint32_t notes, bool cosine, 
 #pragma unroll
       for (int mask = 1; mask < 8; mask *= 2) squares += core::shuffle_xor(squares, mask);
     }
-    if (threadIdx.x % 8 != 0) continue;
+    if (part.pair != 0) continue;
     if (!first) squares += core::load_shared<float>(note);
-    if (last) squares = !brought.shown[p] ? -1.0f : cosine ? rsqrt_exact(squares + kEpsilon) : 1.0f;
+    if (last) squares = !brought.shown[p] ? -1.0f : cosine ? core::inverse_root(squares + kEpsilon) : 1.0f;
     core::store_shared(note, squares);
   }
 }

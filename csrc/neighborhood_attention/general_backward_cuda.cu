@@ -22,8 +22,9 @@ constexpr int kTiles = 5;  // in shared memory: own heads and those of the other
 // Both products of a tile of queries with one of keys, all chunks: ⟨query, key⟩ and ⟨dout, value⟩. Begins with a barrier, and
 // ends with the chunks in shared memory that belong to the gradients of this block. Every block, whichever of these it makes,
 // adds the chunks up in one order: weights of both passes must be the same to the bit for norm to be theirs.
-template <class T>
+template <class T, bool kCommon>
 struct Products {
+  static constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan& plan;
   const Thread& thread;
   const Memory& memory;
@@ -56,17 +57,23 @@ struct Products {
       const int chunk = i < count ? i : block.chunk;
       const int heads_chunk = chunk < plan.dim_chunks ? chunk : -1, values_chunk = chunk < plan.v_chunks ? chunk : -1;
       const bool first = i == 0, last = i == plan.dim_chunks - 1;
-      Brought<T> head, value;
+      Brought<T> head;
       if (heads_chunk >= 0) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
-      if (values_chunk >= 0) fetch(value, values, tile, values_chunk, mask, plan.columns.length);
       core::sync_block();
+      if (kCopied) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
       if (first) prepare();
       if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last, i < count);
       if (heads_chunk >= 0) {
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
         if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
-      if (values_chunk >= 0) put(value, memory.other_values, tile, values_chunk, 0, 0);
+      if (kCopied) {
+        core::copy_async_wait<0>();
+      } else if (values_chunk >= 0) {
+        Brought<T> value;
+        fetch(value, values, tile, values_chunk, mask, plan.columns.length);
+        put(value, memory.other_values, tile, values_chunk, 0, 0);
+      }
       core::sync_block();
       if (!needed || i == count) continue;
       if (heads_chunk >= 0) multiply(thread, memory.own, memory.other, heads.pairs(heads_chunk), products);
@@ -106,19 +113,20 @@ DEVICE void put_outputs(const Call& call, const Block& block, const Tile& own, c
   const NeighborhoodAttentionBackward& g = call.g;
   const Plan& plan = call.plan;
   const Heads<const T> douts(g.dout, block, plan.v_dim, 0, plan.wide);
+  const Part part;
 #pragma unroll 1
   for (int p = 0; p < 4; ++p) {
-    const int slot = brought_slot(p);
+    const int slot = part.slot(p);
     const int y = own.row_class + own.near_row(slot) * own.row_dilation;
     const int x = own.column_class + own.near_column(slot) * own.column_dilation;
     const int64_t number = number_of(plan, block, y, x);
     const T* out = static_cast<const T*>(g.forward.out) + number * plan.v_dim;
     float delta = 0.0f;
     if (douts.data != nullptr && !plan.alone)
-      for (int f = threadIdx.x % 8; f < plan.v_dim; f += 8)
+      for (int f = part.pair; f < plan.v_dim; f += 8)
         delta += core::to_float(core::load_global<T>(out + f)) * core::to_float(core::load_global<T>(douts.at(y, x) + f));
     delta = sum_of_group(delta);
-    if (threadIdx.x % 8 != 0) continue;
+    if (part.pair != 0) continue;
     const float change = g.dlse == nullptr ? 0.0f : core::load_global<float>(static_cast<const float*>(g.dlse) + number);
     const float lse = core::load_global<float>(static_cast<const float*>(g.forward.lse) + number);
     const float level = lse == -INFINITY ? 0.0f : lse * kLog2e;  // without any key: anything finite
@@ -150,7 +158,7 @@ DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8]
       const int slot = thread.other(j);
       const bool seen = lengths[j] >= 0.0f && (everywhere || window.holds(keys.row_of(slot), keys.column_of(slot)));
       const float cosine = seen ? products[i][j] * note.w * lengths[j] : 0.0f;
-      const float weight = seen ? weight_of<T>(cosine * factor - note.x) : 0.0f;
+      const float weight = seen ? weight_of<T>(fmaf(cosine, factor, -note.x)) : 0.0f;
       const float change = seen ? weight * (changes[i][j] - note.y) : 0.0f;
       moments.total[i] += weight;
       moments.mean[i] += weight * cosine;
@@ -161,14 +169,20 @@ DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8]
   }
 }
 
-// A block's part of cosine_scale's gradient from the threads' parts, in a fixed order.
-DEVICE void write_part(float part, const Thread& thread, const Memory& memory, float* to) {
+// A block's part of cosine_scale's gradient from the threads' parts, in a fixed order. (Terms of both signs: in float32 their
+// sum would lose more than they have lost themselves.)
+DEVICE void write_part(double part, const Memory& memory, double* to) {
+  const int thread = threadIdx.x;
   core::sync_block();  // nobody reads the weights any more
-  if (thread.member == 0) core::store_shared(memory.weights + 4 * (4 * thread.warp + thread.group), part);
+  core::store_shared(memory.weights + 8 * thread, part);
   core::sync_block();
-  if (threadIdx.x != 0) return;
-  float sum = 0.0f;
-  for (int i = 0; i < kThreads / 8; ++i) sum += core::load_shared<float>(memory.weights + 4 * i);
+  double sum = 0.0;
+  for (int i = 0; thread < 8 && i < kThreads / 8; ++i) sum += core::load_shared<double>(memory.weights + 8 * (thread + 8 * i));
+  core::sync_block();
+  if (thread < 8) core::store_shared(memory.weights + 8 * thread, sum);
+  core::sync_block();
+  if (thread != 0) return;
+  for (int i = 1; i < 8; ++i) sum += core::load_shared<double>(memory.weights + 8 * i);
   core::store_global(to, sum);
 }
 
@@ -178,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
   if (block.empty()) {
-    if (threadIdx.x == 0 && block.chunk == 0) core::store_global(call.parts + block.tile, 0.0f);
+    if (threadIdx.x == 0 && block.chunk == 0) core::store_global(call.parts + block.tile, 0.0);
     return;
   }
   const Thread thread;
@@ -187,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const bool* const mask = mask_of(args, plan, block.batch);
   const float factor = factor_of(args, plan, block.head);
-  const Products<T> multiply_tiles = {plan, thread, memory, block, own,
+  const Products<T, kCommon> multiply_tiles = {plan, thread, memory, block, own,
                                       Heads<const T>(args.q, block, plan.dim, plan.angles, plan.wide),
                                       Heads<const T>(call.g.dout, block, plan.v_dim, 0, plan.wide), nullptr, cosine, true};
 
@@ -218,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   }
 
   const Heads<T> dq(call.g.dq, block, plan.dim, plan.angles, plan.wide);
-  float part = 0.0f;
+  double part = 0.0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int slot = thread.own(i);
@@ -227,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
     const float slip = sum_of_group(moments.slip[i]) * norm - note.z, mean = sum_of_group(moments.mean[i]) * norm;
     const float along = sum_of_group(moments.along[i]) * norm;
     if (!own.exists(slot)) continue;
-    if (total != 0.0f) part += along - slip * mean;
+    if (total != 0.0f) part += double(moments.along[i]) * norm - (thread.member == 0 ? double(slip) * mean : 0.0);
     if (thread.member == 0 && block.chunk == 0)
       core::store_global(call.notes + number_of(plan, block, own.y_of(slot), own.x_of(slot)),
                          make_float4(note.x, note.y + slip, norm, 0.0f));
@@ -236,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
     for (int e = 0; e < 8; ++e) sums[i][e] *= norm;
     write_gradient(dq, thread, memory, block, own, i, cosine, true, along, factor, sums[i]);
   }
-  if (block.chunk == 0) write_part(part * plan.scale, thread, memory, call.parts + block.tile);
+  if (block.chunk == 0) write_part(part * plan.scale, memory, call.parts + block.tile);
 }
 
 // ---- over keys -------------------------------------------------------------------------------------------------------------
@@ -258,7 +272,7 @@ DEVICE void change_keys(float (&products)[4][8], float (&changes)[4][8], float (
       const bool seen = lengths[i] >= 0.0f && note.w >= 0.0f &&
                         (everywhere || window.holds(own.row_of(slot), own.column_of(slot)));
       const float cosine = seen ? products[i][j] * note.w * lengths[i] : 0.0f;
-      const float weight = seen ? weight_of<T>(cosine * factor - note.x) * note.z : 0.0f;
+      const float weight = seen ? weight_of<T>(fmaf(cosine, factor, -note.x)) * note.z : 0.0f;
       const float change = seen ? weight * (changes[i][j] - note.y) : 0.0f;
       along[i] += change * cosine;
       products[i][j] = weight;
@@ -287,9 +301,9 @@ DEVICE void write_sums(const Call& call, const Block& block, int segment, const 
   if (!own.exists(thread.own(i))) return;
   const int64_t row = ((segment * call.g.forward.batch + block.batch) * plan.heads + block.head) * plan.extra +
                       own.column_of(thread.own(i));
-  float* const sums = call.sums + row * (plan.dim + plan.v_dim + 1);
+  float* const sums = call.sums + row * (plan.dim + plan.v_dim + 4);
   const int pair = 8 * block.chunk + thread.member;
-  Heads<float>(sums, plan.dim, plan.angles, false).write(sums, pair, dkeys);
+  Heads<float>(sums, plan.dim, plan.angles, plan.wide).write(sums, pair, dkeys);
   Heads<float>(sums, plan.v_dim, 0, false).write(sums + plan.dim, pair, dvalues);
   if (thread.member == 0 && block.chunk == 0) core::store_global(sums + plan.dim + plan.v_dim, along);
 }
@@ -306,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, 2) keys_kernel(const Call call) {
   const Tile own = kExtra ? extra_tile(plan, block.column) : own_tile(plan, block);
   const bool cosine = args.cosine_scale != nullptr;
   const float factor = factor_of(args, plan, block.head);
-  const Products<T> multiply_tiles = {
+  const Products<T, kCommon> multiply_tiles = {
       plan, thread, memory, block, own,
       Heads<const T>(kExtra ? args.extra_k : args.k, block, plan.dim, plan.angles, plan.wide),
       Heads<const T>(kExtra ? args.extra_v : args.v, block, plan.v_dim, 0, plan.wide),
@@ -368,7 +382,7 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   } where = {};
   const int token = int(blockIdx.x % plan.extra);
   where.head = int(blockIdx.x / plan.extra % plan.heads), where.batch = blockIdx.x / plan.extra / plan.heads;
-  const int64_t width = plan.dim + plan.v_dim + 1, between = args.batch * plan.heads * plan.extra * width;
+  const int64_t width = plan.dim + plan.v_dim + 4, between = args.batch * plan.heads * plan.extra * width;
   const float* const sums = call.sums + ((where.batch * plan.heads + where.head) * plan.extra + token) * width;
   const auto sum_at = [&](int f) {
     float sum = 0.0f;
@@ -385,7 +399,7 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const auto feature = [&](int f) { return core::to_float(core::load_global<T>(keys.at(0, token) + f)); };
   for (int f = 0; cosine && f < plan.dim; ++f) squares += feature(f) * feature(f);
-  const float length = cosine ? rsqrt_exact(squares + kEpsilon) : 1.0f, along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
+  const float length = cosine ? core::inverse_root(squares + kEpsilon) : 1.0f, along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
   const float factor = factor_of(args, plan, where.head);
   for (int f = threadIdx.x; f < plan.dim; f += kThreads) {
     const float gradient = (sum_at(f) - feature(f) * length * along) * length * factor;
@@ -393,10 +407,10 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) scales_kernel(const float* parts, int64_t count, float* sums) {
+__global__ void __launch_bounds__(kThreads) scales_kernel(const double* parts, int64_t count, float* sums) {
   const uint32_t shared = core::dynamic_shared();
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += core::load_global<float>(parts + blockIdx.x * count + i);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += core::load_global<double>(parts + blockIdx.x * count + i);
   core::store_shared(shared + 8 * threadIdx.x, sum);
   core::sync_block();
   if (threadIdx.x != 0) return;
@@ -433,8 +447,8 @@ struct Workspace {
   explicit Workspace(const NeighborhoodAttentionBackward& g) {
     const NeighborhoodAttention& a = g.forward;
     notes = a.batch * a.rows.length * a.columns.length * a.heads * int64_t(sizeof(float4));
-    parts = ceil_div(a.batch * a.heads * tiles_of_head(plan_of(g, dim_chunks)), 4) * 16;
-    sums = !wants_extras(g) ? 0 : extras_plan(g).segments * a.batch * a.heads * a.extra * (a.dim + a.v_dim + 1) * 4;
+    parts = ceil_div(a.batch * a.heads * tiles_of_head(plan_of(g, dim_chunks)), 2) * 16;
+    sums = !wants_extras(g) ? 0 : extras_plan(g).segments * a.batch * a.heads * a.extra * (a.dim + a.v_dim + 4) * 4;
   }
 };
 
@@ -443,7 +457,7 @@ void launch_all(const NeighborhoodAttentionBackward& g, void* workspace, void* s
   const NeighborhoodAttention& a = g.forward;
   const Workspace sizes(g);
   char* const at = static_cast<char*>(workspace);
-  Call call = {g, plan_of(g, dim_chunks), reinterpret_cast<float4*>(at), reinterpret_cast<float*>(at + sizes.notes),
+  Call call = {g, plan_of(g, dim_chunks), reinterpret_cast<float4*>(at), reinterpret_cast<double*>(at + sizes.notes),
                reinterpret_cast<float*>(at + sizes.notes + sizes.parts)};
   const auto run = [&](const char* name, void (*kernel)(const Call), unsigned blocks) {
     core::launch(describe(name, a), kernel, dim3(blocks), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);

@@ -76,7 +76,8 @@ DEVICE void finish(Softmax& state, const Thread& thread, const Block& block, con
 
 // Registers for three blocks on an SM, as many as the shared memory of an H100 holds.
 template <class T, bool kCommon>
-__global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
+__global__ void __launch_bounds__(kThreads, kCommon ? 3 : 2) forward_kernel(const Call call) {
+  constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
@@ -106,11 +107,11 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
     float products[4][8] = {};
     for (int chunk = 0; chunk < plan.dim_chunks; ++chunk) {
       const bool last = chunk == plan.dim_chunks - 1;
-      Brought<T> key, value;
-      fetch(key, keys, tile, chunk, shown, plan.columns.length);
-      if (last) fetch(value, values, tile, block.chunk, shown, plan.columns.length);
       if (chunk == 0 && !extra) fill_turns(memory.other_turns, args, plan, tile, block.head);
+      Brought<T> key;
+      fetch(key, keys, tile, chunk, shown, plan.columns.length);
       core::sync_block();
+      if (kCopied) copy(memory.other_values, values, tile, block.chunk, shown, plan.columns.length);
       if (step == -extra_steps || plan.dim_chunks > 1) {
         Brought<T> query;
         fetch(query, queries, own, chunk, nullptr, 0);
@@ -119,7 +120,13 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Call call) {
       }
       put(key, memory.other, tile, chunk, extra ? 0 : memory.other_turns, plan.angles);
       put_lengths(key, memory.other_notes, cosine, chunk == 0, last);
-      if (last) put(value, memory.other_values, tile, 0, 0, 0);
+      if (kCopied) {
+        core::copy_async_wait<0>();
+      } else if (last) {
+        Brought<T> value;
+        fetch(value, values, tile, block.chunk, shown, plan.columns.length);
+        put(value, memory.other_values, tile, 0, 0, 0);
+      }
       core::sync_block();
       if (units.any()) multiply(thread, memory.own, memory.other, keys.pairs(chunk), products);
     }
@@ -137,26 +144,33 @@ Axis axis_of(const Window& w) { return {int(w.length), int(w.kernel), int(w.stri
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// How many tiles of other tokens one of own tokens meets along an axis, at the most away from borders.
-int64_t met(const Axis& a, int64_t own, int64_t other) {
-  const int64_t size = pieces(a.length, a.dilation), span = own + a.kernel + a.stride - 2;
-  return pieces(span < size ? span : size, other);
+// Along one axis, a walk that begins with the first key that own token 0 sees: the tiles of `other` that own tokens first … first +
+// count − 1 see, away from borders.
+int64_t met(const Axis& a, int64_t first, int64_t count, int64_t other) {
+  const int64_t size = pieces(a.length, a.dilation), end = first + count + a.kernel + a.stride - 2;
+  return pieces(end < size ? end : size, other) - (first < size ? first : size - 1) / other;
 }
 
-// The shapes of tiles that make the fewest products, the squarer ones first. Turns may take 8 KiB of shared memory a tile.
+// The shapes of tiles that make the least work, the squarer ones first: a warp multiplies where one of its 16 tokens sees a tile,
+// and to bring a tile costs as much as half of all four warps' products. Turns may take 8 KiB of shared memory a tile.
 void choose_tiles(Plan& plan) {
-  int64_t fewest = INT64_MAX;
+  int64_t least = INT64_MAX;
   for (const int own : {3, 2, 4, 1, 5, 0, 6})
     for (const int other : {3, 4, 2, 5, 1, 6, 0}) {
       if (turns_bytes(plan.angles, own) > 8192 || turns_bytes(plan.angles, other) > 8192) continue;
-      const int64_t down = pieces(pieces(plan.rows.length, plan.rows.dilation), kSlots >> own);
-      const int64_t across = pieces(pieces(plan.columns.length, plan.columns.dilation), 1 << own);
-      const int64_t products = down * across * met(plan.rows, kSlots >> own, kSlots >> other) *
-                               met(plan.columns, 1 << own, 1 << other);
-      if (products >= fewest) continue;
-      fewest = products;
-      plan.own_log = own, plan.other_log = other, plan.down = int(down), plan.across = int(across);
+      const int64_t columns = 1 << own, rows = kSlots >> own;
+      int64_t work = 2 * met(plan.rows, 0, rows, kSlots >> other) * met(plan.columns, 0, columns, 1 << other);
+      for (int warp = 0; warp < 4; ++warp)
+        work += met(plan.rows, 16 * warp / columns, columns < 16 ? 16 / columns : 1, kSlots >> other) *
+                met(plan.columns, 16 * warp % columns, columns < 16 ? columns : 16, 1 << other);
+      plan.down = int(pieces(pieces(plan.rows.length, plan.rows.dilation), rows));
+      plan.across = int(pieces(pieces(plan.columns.length, plan.columns.dilation), columns));
+      if (work * plan.down * plan.across >= least) continue;
+      least = work * plan.down * plan.across;
+      plan.own_log = own, plan.other_log = other;
     }
+  plan.down = int(pieces(pieces(plan.rows.length, plan.rows.dilation), kSlots >> plan.own_log));
+  plan.across = int(pieces(pieces(plan.columns.length, plan.columns.dilation), 1 << plan.own_log));
 }
 
 // Whether four features of any head can be read or written at once.

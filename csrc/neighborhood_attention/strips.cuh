@@ -116,8 +116,8 @@ inline Args args_of(const NeighborhoodAttention& a, int strip_columns, int rows)
   return args;
 }
 
-// Rows of a segment: of the numbers of segments that give whole steps, the one whose waves of `at_once` blocks take least. A
-// block costs `more` rows beyond its own: it begins with keys that its neighbour has too.
+// Rows of a segment, whole steps: those whose waves of `at_once` blocks take least. A block costs `more` rows beyond its
+// own: it begins with rows that its neighbour has too.
 inline int segment_rows(int height, int64_t strips, int64_t at_once, int step, int more, int most_rows) {
   int best = step;
   int64_t least_time = INT64_MAX;

@@ -1,17 +1,20 @@
-// Forward pass of neighborhood attention on tensor cores for stride 1, dilation 1, not causal (strips.cuh: what is shared).
+// Forward pass of neighborhood attention on tensor cores for stride 1, dilation 1, not causal (see strips.cuh first).
 //
-// A block owns 8 x warps columns of one head and marches down the rows, `step` rows of queries at a time. Keys and values of
-// the rows that they see, and of the next step's, lie in two rings in shared memory: so each is fetched once per strip, and
-// its key normalised and rotated once. While a step is computed, the next one's keys and values arrive (cp.async), and its
-// keys are prepared in place, between the products. One barrier a step.
+// A block owns 8 × warps columns of one head and marches down the rows, `step` rows of queries at a time. Keys and values
+// of the rows that they see, and of the next step's, lie in two rings in shared memory: each is fetched once per strip,
+// and its key normalised and rotated once. While a step is computed, the next one's keys and values arrive (cp.async),
+// and its keys are prepared in place, between the products. One barrier a step.
 //
-// A warp owns `tiles` tiles of 2 rows x 8 columns of queries, one below the other. A row of keys is 16 columns for them, 8 +
-// window − 1 of which are seen: products of 16 queries with 2 x 8 keys, weights of what is seen, and a product with 16
-// values, whose fragment serves all tiles. The sum of a query's weights, as rounded, is one more product, with ones.
+// A warp owns `tiles` tiles of 2 rows × 8 columns of queries, one below the other. To them a row of keys is 16 columns,
+// of which 8 + window − 1 are seen: products of 16 queries with 2 × 8 keys, weights of what is seen, and products with 16
+// values, whose fragments serve all tiles. The sum of a query's weights, as rounded, is one more product, with ones.
 //
-// With cosine_scale no logit exceeds |scale · cosine_scale|: unless a head is steep (`bound`), its weights are exp2 of what
-// comes out of the product, without any maximum. Else they are relative to a maximum that is raised when a logit exceeds it
-// by more than `kSlack`, which is rare: sums are rescaled only then.
+// With cosine_scale no logit exceeds |scale · cosine_scale|: unless that is steep (`kBound`), weights are exp2 of what
+// comes out of the product, without any maximum. Else they are relative to a maximum that is raised when a logit exceeds
+// it by more than `kSlack`, which is rare: only then are sums rescaled.
+//
+// Unit queries and keys are float16 numbers, which puts an error of about 5e-5 · |logit| into steep logits: less than the
+// rounding of bfloat16 values up to |cosine_scale| of some 500, and than that of float16 values up to some 80.
 //
 // A NaN or an infinity in k or v may reach queries of its tile that do not see it: a product multiplies it by zero.
 #include <algorithm>
@@ -23,10 +26,10 @@ namespace {
 
 using namespace strips;
 
-constexpr float kSlack = 8;  // of logits to base 2: weights <= 2^8, and those of 2^-24 are normal numbers of float16 still
+constexpr float kSlack = 8;  // of logits to base 2: weights stay far below float16's 2^16
 
-// Logits to base 2 up to which weights need no maximum: sums of exp2(57) times values are float32 numbers, exp2(15.5) is a
-// float16 number and exp2(−15.5) almost a normal one.
+// Logits to base 2 up to which weights need no maximum: sums of exp2(57) times values are float32 numbers, exp2(15.5) is
+// a float16 number and exp2(−15.5) almost a normal one.
 template <class T>
 constexpr float kBound = std::is_same_v<T, BFloat16> ? 57.0f : 15.5f;
 
@@ -40,11 +43,11 @@ struct Strip {
   static constexpr int step = 2 * tiles, live = step + window - 1, ring = live + step;  // rows: of queries, seen, held
   static constexpr int columns = kTileColumns * warps + window - 1, tokens = step * columns;  // of keys; of a step
   static constexpr int token_bytes = 2 * dim, row_bytes = columns * token_bytes, table_bytes = dim / 2;
-  // Shared memory: the rings of keys and of values, angles of columns, where a step's keys and values come from and where
-  // they go, angles of rows.
+  // Shared memory: the rings of keys and of values, angles of columns, where a step's keys and values come from and
+  // where they go, angles of rows.
   static constexpr int values_at = ring * row_bytes, column_angles_at = 2 * values_at;
-  static constexpr int key_items_at = column_angles_at + columns * table_bytes, value_items_at = key_items_at + tokens * 8;
-  static constexpr int row_angles_at = value_items_at + tokens * 8;
+  static constexpr int key_items_at = column_angles_at + columns * table_bytes;
+  static constexpr int value_items_at = key_items_at + tokens * 8, row_angles_at = value_items_at + tokens * 8;
   static constexpr int more_rows = 2 * step - 1 + window - 1;  // of keys than of queries, in the last step and after it
   static constexpr int bytes(int rows) { return row_angles_at + (rows + more_rows) * table_bytes; }
   // The first rows are not a whole number of steps: so many before them are not loaded.
@@ -55,9 +58,6 @@ struct Strip {
   static constexpr int rounds_from = live - (rounds + rounds_per_row - 1) / rounds_per_row;
   static_assert(ring % 2 == 0 && (live + skipped) % step == 0 && rounds_from >= 2);
 };
-
-template <bool value>
-using Flag = std::integral_constant<bool, value>;
 
   // Which of a lane's key columns 8n + 2t + e its queries' column g sees.
   template <bool running>
@@ -115,6 +115,10 @@ struct Block {
 
   DEVICE int first_key_row() const { return first_row - args.window_rows / 2; }
   DEVICE int first_key_column() const { return first_column - args.window_columns / 2; }
+  // Of row and column `row`, `column` of those keys.
+  DEVICE uint32_t angles_at(int row, int column) const {
+    return angles_of<dim>(shared + S::row_angles_at, row, shared + S::column_angles_at, column, t);
+  }
 
   // ---- keys and values ----
   DEVICE void store_tables() const {
@@ -125,9 +129,10 @@ struct Block {
       const int row = i / S::columns, column = i % S::columns;
       const uint32_t to = i * S::token_bytes + swizzle<dim>(column) * 16;  // < 2^16
       const int from = wrapped(first_key_column() + column, args.width, args.window_columns);
-      const uint32_t key_row = row * int(args.k.height_stride), value_row = row * int(args.v.height_stride);
-      core::store_shared<uint2>(shared + S::key_items_at + i * 8, uint2{key_row + from * args.k.width_stride, to | column << 16 | row << 24});
-      core::store_shared<uint2>(shared + S::value_items_at + i * 8, uint2{value_row + from * args.v.width_stride, to});
+      const uint32_t key = row * int(args.k.height_stride) + from * args.k.width_stride;
+      const uint32_t value = row * int(args.v.height_stride) + from * args.v.width_stride;
+      core::store_shared<uint2>(shared + S::key_items_at + i * 8, uint2{key, to | column << 16 | row << 24});
+      core::store_shared<uint2>(shared + S::value_items_at + i * 8, uint2{value, to});
     }
   }
 
@@ -145,7 +150,7 @@ struct Block {
     for (int c = 0; c < words; c += lanes) core::copy_async_16(shared + (to ^ c << 4), from + (chunk + c) * 16);
   }
 
-  // Asks for keys and values of a step: key rows first + skip … (0 is the first that this block sees); slot: of `first`.
+  // Asks for keys and values of a step: key rows first + skip … (0 is the first that this block sees); slot: `first`'s.
   // A key by the four lanes that prepare it.
   template <bool wraps>
   DEVICE void load_step(int first, int skip, int slot) const {
@@ -155,7 +160,8 @@ struct Block {
   }
 
   template <int lanes, bool wraps>
-  DEVICE void load_tokens(const char* image, int64_t height_stride, uint32_t items, int row, int skip, int slot, int at) const {
+  DEVICE void load_tokens(const char* image, int64_t height_stride, uint32_t items, int row, int skip, int slot,
+                          int at) const {
     constexpr int kAtOnce = S::threads / lanes, kRounds = (S::tokens + kAtOnce - 1) / kAtOnce;
     const char* from = image + row * height_stride;
     if constexpr (wraps) {
@@ -183,6 +189,8 @@ struct Block {
     else load_step<true>(first, skip, slot);
   }
 
+  DEVICE int key_of_round(int round) const { return round * (S::threads / 4) + thread / 4; }
+
   // Prepares key i of a step in its place; by the four lanes that copied it, all of a warp together.
   DEVICE void prepare_key(int i, int first, int slot) const {
     const bool mine = S::tokens % (S::threads / 4) == 0 || i < S::tokens;
@@ -192,7 +200,7 @@ struct Block {
     Quarter<dim> raw = {};
     if (mine) raw = load_quarter_shared<dim>(at, t);
     core::sync_warp();
-    const uint32_t angles = angles_of<dim>(shared + S::row_angles_at, first + row, shared + S::column_angles_at, column, t);
+    const uint32_t angles = angles_at(first + row, column);
     float inverse_length;
     const Quarter<dim> key = prepared<dim, T, S::cosine>(raw, load_angles<dim>(angles), 1.0f, inverse_length);
     if (mine) store_prepared<dim>(at, t, key);
@@ -213,14 +221,14 @@ struct Block {
   }
 
   // As operands: words 2j and 2j + 1 of two rows of queries are fragment j. done: rows of queries before these.
-  DEVICE void prepare_queries(uint32_t (&queries)[S::tiles][fragments][4], const Quarter<dim> (&raw)[S::tiles][2], int done,
-                              float factor) const {
+  DEVICE void prepare_queries(uint32_t (&queries)[S::tiles][fragments][4], const Quarter<dim> (&raw)[S::tiles][2],
+                              int done, float factor) const {
 #pragma unroll
     for (int i = 0; i < S::step; ++i) {
       const int row = done + i + args.window_rows / 2, x = kTileColumns * warp + g + args.window_columns / 2;
-      const uint32_t angles = angles_of<dim>(shared + S::row_angles_at, row, shared + S::column_angles_at, x, t);
+      const Angles<dim> angles = load_angles<dim>(angles_at(row, x));
       float inverse_length;
-      const Quarter<dim> query = prepared<dim, T, S::cosine>(raw[i / 2][i % 2], load_angles<dim>(angles), factor, inverse_length);
+      const Quarter<dim> query = prepared<dim, T, S::cosine>(raw[i / 2][i % 2], angles, factor, inverse_length);
 #pragma unroll
       for (int c = 0; c < words; ++c) queries[i / 2][c / 2][i % 2 + 2 * (c % 2)] = query.word[c];
     }
@@ -244,7 +252,8 @@ struct Block {
     bool exceeds = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      top[h] = fmaxf(fmaxf(logits[0][2 * h], logits[0][2 * h + 1]), fmaxf(logits[1][2 * h], logits[1][2 * h + 1])) * slope;
+      const float(&left)[4] = logits[0], (&right)[4] = logits[1];
+      top[h] = fmaxf(fmaxf(left[2 * h], left[2 * h + 1]), fmaxf(right[2 * h], right[2 * h + 1])) * slope;
       if (offset == h) {  // the first
         top[h] = fmaxf(top[h], core::shuffle_xor(top[h], 1));
         sums.top[h] = fmaxf(top[h], core::shuffle_xor(top[h], 2));
@@ -293,106 +302,6 @@ struct Block {
       }
   }
 
-  // ---- results ----
-  DEVICE void store_results(const Sums& sums, int row) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float total = sums.total[2 * h], inverse = core::reciprocal(total);
-      uint32_t features[dim / 8];
-#pragma unroll
-      for (int c = 0; c < dim / 8; ++c)
-        features[c] = pack<T>(sums.out[c][2 * h] * inverse, sums.out[c][2 * h + 1] * inverse);
-      // Lane t has features 8c + 2t, + 1 of every c: neighbours exchange, so that each has 8 bytes, and two make a sector.
-      const bool odd = t & 1;
-#pragma unroll
-      for (int c = 0; c < dim / 8; c += 2) {
-        const uint32_t got = core::shuffle_xor(odd ? features[c] : features[c + 1], 1);
-        if (odd) features[c] = got;
-        else features[c + 1] = got;
-      }
-      if (column >= args.width || row + h >= rows) continue;
-      const int64_t at = result + int64_t(row + h) * (args.width * args.heads);
-      char* out = static_cast<char*>(args.out) + at * S::token_bytes + (t & 1) * 16 + (t >> 1) * 8;
-#pragma unroll
-      for (int c = 0; c < dim / 8; c += 2) core::store_global<uint2>(out + c * 16, uint2{features[c], features[c + 1]});
-      if (t == 0) core::store_global<float>(args.lse + at, (core::log2(total) + sums.top[h]) * kLn2);
-    }
-  }
-
-  // ---- the march ----
-  template <bool running>
-  DEVICE void march(float factor) const {
-    const float query_factor = !running ? factor : factor < 0 ? -1.0f : 1.0f;
-    const float slope = fmaxf(fabsf(factor), 1e-30f);  // not 0, which −inf may not be multiplied by
-    const Seen<running> seen(g, t, args.window_columns);
-    // Of a warp's 16 columns of keys the last ones, seen by no query, are not there at the strip's end: others stand in.
-    const bool last = warp == S::warps - 1;
-    const auto place_in_row = [&](int column, int chunk) {
-      const int key_column = kTileColumns * warp + column - (last && column >= 7 + S::window ? 8 : 0);
-      return key_column * S::token_bytes + (chunk ^ swizzle<dim>(lane & 7)) * 16;
-    };
-    const int key_at = place_in_row((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1), value_at = S::values_at + place_in_row(lane & 15, lane >> 4);
-    const bool active = first_column + kTileColumns * warp < args.width;
-
-    core::sync_block();  // the tables
-    Quarter<dim> raw[S::tiles][2];
-    begin();
-    if (active) load_queries(raw, first_row);
-    core::copy_async_wait<0>();
-    prepare_first();
-    int base = 0;  // slot of the first row that is seen
-#pragma unroll 1
-    for (int done = 0; done < rows; done += S::step) {
-      const int coming = done + S::live, coming_slot = base + S::live >= S::ring ? base + S::live - S::ring : base + S::live;
-      core::sync_block();
-      if (done + S::step < rows) load_step(coming, 0, coming_slot);
-      core::copy_async_commit();
-      if (active) {
-        uint32_t queries[S::tiles][fragments][4];
-        prepare_queries(queries, raw, done, query_factor);
-        Sums sums[S::tiles];
-        uint32_t row = shared + base * S::row_bytes;
-#pragma unroll
-        for (int r = 0; r < S::live; ++r) {
-          if (S::whole || r < S::step - 1 + args.window_rows)
-            absorb_row<running>(sums, queries, seen, row + key_at, row + value_at, r, slope);
-          if (r == S::rounds_from) {  // meanwhile the next step's keys have come (after the last: what lies there is not read)
-            core::copy_async_wait<0>();
-            core::sync_warp();
-          }
-#pragma unroll
-          for (int n = 0; n < S::rounds_per_row; ++n)
-            if (r >= S::rounds_from)
-              prepare_key(((r - S::rounds_from) * S::rounds_per_row + n) * (S::threads / 4) + thread / 4, coming, coming_slot);
-          if (r % 2 == 1)  // the ring ends after an odd row
-            row = row + 2 * S::row_bytes == shared + S::values_at ? shared : row + 2 * S::row_bytes;
-        }
-        if (done + S::step < rows) load_queries(raw, first_row + done + S::step);
-#pragma unroll
-        for (int i = 0; i < S::tiles; ++i) {
-          if constexpr (!running) sums[i].top[0] = sums[i].top[1] = 0;
-          store_results(sums[i], done + 2 * i);
-        }
-      } else {
-        core::copy_async_wait<0>();
-        prepare_keys(coming, 0, coming_slot);
-      }
-      base = base + S::step >= S::ring ? base + S::step - S::ring : base + S::step;
-    }
-    core::copy_async_wait<0>();
-  }
-
-  // Asks for the rows that the first step sees, and prepares them.
-  DEVICE void begin() const {
-    load_step<true>(-S::skipped, S::skipped, S::skipped ? S::ring - S::skipped : 0);
-    for (int i = S::step - S::skipped; i < S::live; i += S::step) load_step<true>(i, 0, i);
-    core::copy_async_commit();
-  }
-  DEVICE void prepare_first() const {
-    prepare_keys(-S::skipped, S::skipped, S::skipped ? S::ring - S::skipped : 0);
-    for (int i = S::step - S::skipped; i < S::live; i += S::step) prepare_keys(i, 0, i);
-  }
-
   // Row r of the keys and values that a step sees.
   template <bool running>
   DEVICE void absorb_row(Sums (&sums)[S::tiles], const uint32_t (&queries)[S::tiles][fragments][4],
@@ -431,6 +340,108 @@ struct Block {
       }
     }
   }
+
+  // ---- results ----
+  DEVICE void store_results(const Sums& sums, int row) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float total = sums.total[2 * h], inverse = core::reciprocal(total);
+      uint32_t features[dim / 8];
+#pragma unroll
+      for (int c = 0; c < dim / 8; ++c)
+        features[c] = pack<T>(sums.out[c][2 * h] * inverse, sums.out[c][2 * h + 1] * inverse);
+      // Lane t has features 8c + 2t, + 1 of every c: neighbours exchange, so that each has 8 bytes and two make a sector.
+      const bool odd = t & 1;
+#pragma unroll
+      for (int c = 0; c < dim / 8; c += 2) {
+        const uint32_t got = core::shuffle_xor(odd ? features[c] : features[c + 1], 1);
+        if (odd) features[c] = got;
+        else features[c + 1] = got;
+      }
+      if (column >= args.width || row + h >= rows) continue;
+      const int64_t at = result + int64_t(row + h) * (args.width * args.heads);
+      char* out = static_cast<char*>(args.out) + at * S::token_bytes + (t & 1) * 16 + (t >> 1) * 8;
+#pragma unroll
+      for (int c = 0; c < dim / 8; c += 2) core::store_global<uint2>(out + c * 16, uint2{features[c], features[c + 1]});
+      if (t == 0) core::store_global<float>(args.lse + at, (core::log2(total) + sums.top[h]) * kLn2);
+    }
+  }
+
+  // ---- the march ----
+  // Asks for the rows that the first step sees, and prepares them.
+  DEVICE void load_first() const {
+    load_step<true>(-S::skipped, S::skipped, S::skipped ? S::ring - S::skipped : 0);
+    for (int i = S::step - S::skipped; i < S::live; i += S::step) load_step<true>(i, 0, i);
+    core::copy_async_commit();
+  }
+  DEVICE void prepare_first() const {
+    prepare_keys(-S::skipped, S::skipped, S::skipped ? S::ring - S::skipped : 0);
+    for (int i = S::step - S::skipped; i < S::live; i += S::step) prepare_keys(i, 0, i);
+  }
+
+  template <bool running>
+  DEVICE void march(float factor) const {
+    const float query_factor = !running ? factor : factor < 0 ? -1.0f : 1.0f;
+    const float slope = fmaxf(fabsf(factor), 1e-30f);  // not 0, which −inf may not be multiplied by
+    const Seen<running> seen(g, t, args.window_columns);
+    // Of a warp's 16 columns of keys the last, seen by no query, are not there at the strip's end: others stand in.
+    const bool last = warp == S::warps - 1;
+    const auto place_in_row = [&](int column, int chunk) {
+      const int key_column = kTileColumns * warp + column - (last && column >= 7 + S::window ? 8 : 0);
+      return key_column * S::token_bytes + (chunk ^ swizzle<dim>(lane & 7)) * 16;
+    };
+    const int key_at = place_in_row((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+    const int value_at = S::values_at + place_in_row(lane & 15, lane >> 4);
+    const bool active = first_column + kTileColumns * warp < args.width;
+
+    core::sync_block();  // the tables
+    Quarter<dim> raw[S::tiles][2];
+    load_first();
+    if (active) load_queries(raw, first_row);
+    core::copy_async_wait<0>();
+    prepare_first();
+    int base = 0;  // slot of the first row that is seen
+#pragma unroll 1
+    for (int done = 0; done < rows; done += S::step) {
+      const int coming = done + S::live, beyond = base + S::live;
+      const int coming_slot = beyond >= S::ring ? beyond - S::ring : beyond;
+      core::sync_block();
+      if (done + S::step < rows) load_step(coming, 0, coming_slot);
+      core::copy_async_commit();
+      if (active) {
+        uint32_t queries[S::tiles][fragments][4];
+        prepare_queries(queries, raw, done, query_factor);
+        Sums sums[S::tiles];
+        uint32_t row = shared + base * S::row_bytes;
+#pragma unroll
+        for (int r = 0; r < S::live; ++r) {
+          if (S::whole || r < S::step - 1 + args.window_rows)
+            absorb_row<running>(sums, queries, seen, row + key_at, row + value_at, r, slope);
+          if (r == S::rounds_from) {  // the next step's keys have come (after the last step nobody reads what lies there)
+            core::copy_async_wait<0>();
+            core::sync_warp();
+          }
+#pragma unroll
+          for (int n = 0; n < S::rounds_per_row; ++n)
+            if (r >= S::rounds_from)
+              prepare_key(key_of_round((r - S::rounds_from) * S::rounds_per_row + n), coming, coming_slot);
+          if (r % 2 == 1)  // the ring ends after an odd row
+            row = row + 2 * S::row_bytes == shared + S::values_at ? shared : row + 2 * S::row_bytes;
+        }
+        if (done + S::step < rows) load_queries(raw, first_row + done + S::step);
+#pragma unroll
+        for (int i = 0; i < S::tiles; ++i) {
+          if constexpr (!running) sums[i].top[0] = sums[i].top[1] = 0;
+          store_results(sums[i], done + 2 * i);
+        }
+      } else {
+        core::copy_async_wait<0>();
+        prepare_keys(coming, 0, coming_slot);
+      }
+      base = base + S::step >= S::ring ? base + S::step - S::ring : base + S::step;
+    }
+    core::copy_async_wait<0>();
+  }
 };
 
 template <class S, int blocks>
@@ -453,18 +464,19 @@ bool launch(const NeighborhoodAttention& a, void* stream) {
   const int most_rows = int((most_bytes - S::bytes(0)) / S::table_bytes / S::step) * S::step;
   if (most_rows < S::step) return false;
   const int64_t strips = ceil_div(a.columns.length, kTileColumns * S::warps) * a.heads * a.batch;
-  const int rows = segment_rows(int(a.rows.length), strips, int64_t(core::multiprocessors()) * blocks, S::step, S::live + S::step, most_rows);
+  const int64_t at_once = int64_t(core::multiprocessors()) * blocks;
+  const int rows = segment_rows(int(a.rows.length), strips, at_once, S::step, S::live + S::step, most_rows);
   const Args args = args_of(a, kTileColumns * S::warps, rows);
   if (strips * args.segments > INT32_MAX) return false;
   const std::string call = "neighborhood_attention_strips_forward of q (" + std::to_string(a.batch) + ", " +
                            std::to_string(a.rows.length) + ", " + std::to_string(a.columns.length) + ", " +
                            std::to_string(a.heads) + ", " + std::to_string(a.dim) + ")";
-  core::launch(call, strips_forward<S, blocks>, dim3(unsigned(strips * args.segments)), dim3(S::threads), S::bytes(rows), stream,
-               args);
+  const dim3 grid(unsigned(strips * args.segments));
+  core::launch(call, strips_forward<S, blocks>, grid, dim3(S::threads), S::bytes(rows), stream, args);
   return true;
 }
 
-// What is compiled: kernels that take any number of rows up to 5 or 9, and for what is common such of exactly that many.
+// What is compiled: kernels that take any number of rows up to 5 or 9, and for what is common such of exactly so many.
 template <class T, bool cosine>
 bool launch_for_shape(const NeighborhoodAttention& a, void* stream) {
   constexpr bool common = cosine && std::is_same_v<T, BFloat16>;
