@@ -16,7 +16,8 @@
 // Unit queries and keys are float16 numbers, which puts an error of about 5e-5 · |logit| into steep logits: less than the
 // rounding of bfloat16 values up to |cosine_scale| of some 500, and than that of float16 values up to some 80.
 //
-// A NaN or an infinity in k or v may reach queries of its tile that do not see it: a product multiplies it by zero.
+// A NaN or an infinity in k or v may reach queries that do not see it, of tiles whose 16 columns of keys hold it: products
+// multiply it by zero.
 #include <algorithm>
 
 #include "strips.cuh"
@@ -497,7 +498,7 @@ bool launch_for_shape(const NeighborhoodAttention& a, void* stream) {
     return launch<Strip<T, cosine, 32, 9, false, 2, 4>, 2>(a, stream);
   }
   if constexpr (common)
-    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 128, 7, true, 1, 2>, 2>(a, stream);
+    if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 128, 7, true, 1, 3>, 1>(a, stream);
   return launch<Strip<T, cosine, 128, 9, false, 1, 2>, 1>(a, stream);
 }
 
