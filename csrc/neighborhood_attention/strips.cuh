@@ -116,6 +116,20 @@ inline Args args_of(const NeighborhoodAttention& a, int strip_columns, int rows)
   return args;
 }
 
+// Rows of a segment, whole steps: those whose waves of `at_once` blocks take least. A block costs `more` rows beyond its
+// own: it begins with rows that its neighbour has too.
+inline int segment_rows(int height, int64_t strips, int64_t at_once, int step, int more, int most_rows) {
+  int best = step;
+  int64_t least_time = INT64_MAX;
+  const int first = (height + most_rows - 1) / most_rows;
+  for (int segments = first; segments < first + 64; ++segments) {
+    const int rows = int(ceil_div(ceil_div(height, segments), step)) * step;
+    const int64_t time = ceil_div(strips * ceil_div(height, rows), at_once) * (rows + more);
+    if (time < least_time) least_time = time, best = rows;
+  }
+  return best;
+}
+
 // ---- borders ---------------------------------------------------------------------------------------------------------
 #if defined(__CUDACC__)
 #define BOTH __host__ __device__ __forceinline__  // the host cuts the grid by the same rules

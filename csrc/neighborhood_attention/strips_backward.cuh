@@ -306,9 +306,10 @@ DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8
   return part;
 }
 
-// The larger of `x` and the magnitudes of a quarter's elements.
+// The largest magnitude of a quarter's elements; NaN does not count.
 template <int dim, class T>
-DEVICE float largest_of(const Quarter<dim>& quarter, float x) {
+DEVICE float largest_of(const Quarter<dim>& quarter) {
+  float x = 0;
 #pragma unroll
   for (int c = 0; c < dim / 8; ++c) {
     x = fmaxf(x, fabsf(low<T>(quarter.word[c])));
@@ -316,6 +317,9 @@ DEVICE float largest_of(const Quarter<dim>& quarter, float x) {
   }
   return x;
 }
+
+// What others' gradients are scaled by: an infinity would take all their digits.
+DEVICE float if_finite(float magnitude) { return magnitude < INFINITY ? magnitude : 0.0f; }
 
 // The exponent e with which ds·2^e, of queries whose dout has no element beyond `dout`, and so on, stays within float16.
 template <int dim>

@@ -1,20 +1,18 @@
 // The fast path of neighborhood attention's backward pass: two kernels that march down strips, the same bits every time.
 //
-// 1. queries_kernel: dq, and notes for the second. A warp owns tiles of 2 × 8 queries, whose window is window_rows + 1 rows
-//    of 16 keys. Rows of prepared keys and of values stream through a ring in shared memory.
-// 2. keys_kernel: dk and dv. A warp owns tiles of 2 × 8 keys. The queries that see them are a contiguous range of rows
-//    (more than the window at a border, so that nothing has to be added back) and of at most 16 columns: the host cuts the
-//    strips so (columns_of_keys). Rows of prepared queries and of dout stream through the ring.
-// 3. sum_kernel: the gradient of cosine_scale from one number of each block of the first, in a fixed order.
+// 1. queries_kernel: dq, −delta of each query, and one Part of each block for the others.
+// 2. keys_kernel: dk and dv, from all queries that see a key.
+// 3. sum_kernel: the gradient of cosine_scale from the parts, in a fixed order.
 //
 // Both compute logits s = ⟨q', k'⟩ of prepared (unit, rotated) heads and weights p = exp(factor·s − lse) again, then
 // ds = p·(⟨dout, v⟩ − delta), delta = ⟨dout, out⟩ − dlse. Accumulators of one product are operands of the next as they are.
 // dq and dk end with the gradients of rotation and normalisation: with y = x·n, dx = n·(g − y·⟨y, g⟩); and ⟨q', dq'⟩ is
 // what the query adds to the gradient of cosine_scale.
 //
-// ds is rounded to float16 where q' and k' are (always but for plain bfloat16), and then scaled by powers of two that keep
-// it in float16's range: in the first kernel for each query by the length of its dout, in the second for each key by the
-// length of its value and the largest of dout and delta in the image. The scale leaves again in float32.
+// ds is rounded to float16 where q' and k' are (always but for plain bfloat16), scaled by a power of two that keeps it in
+// float16's range whatever the magnitudes are: in the first kernel one for each query, by its dout and delta and the values
+// that the block has met; in the second one for each key, by its value and the image's largest dout and delta. The scale
+// leaves again in float32.
 //
 // A NaN or an infinity in a token may reach the gradients of tokens that share a tile with those that see it: what is masked
 // becomes zero, but zero times NaN is NaN in a product of tiles.
@@ -36,9 +34,7 @@ __global__ void __launch_bounds__(32) sum_kernel(const BackwardArgs args) {
 }
 
 // ---- host side -------------------------------------------------------------------------------------------------------
-constexpr int kProcessors = 132;  // of an H200; only to cut the rows into segments
-// Rows of a segment: more cost the second block on a processor, by their tables; fewer are read as often as not for others.
-constexpr int kMostRows = 192, kLeastRows = 8;
+constexpr int kMostRows = 192;  // of a segment: the tables of more would cost the second block on a multiprocessor
 
 uint32_t round_up(int64_t value, int64_t to) { return uint32_t((value + to - 1) / to * to); }
 
@@ -55,15 +51,11 @@ Layout layout_of(int dim, int warps, int ring, int table_rows, bool scalars) {
   return layout;
 }
 
-// Cuts `height` rows into segments. Blocks run at most `slots` at a time, and each also loads the rows around its own.
+// Cuts `height` rows into segments, once there are strips.
 void cut_rows(Args& args, int height, int64_t images) {
-  constexpr int64_t kSlots = kBlocksPerProcessor * kProcessors;
-  int64_t best = 0;
-  for (int segments = (height + kMostRows - 1) / kMostRows; segments <= (height + kLeastRows - 1) / kLeastRows; ++segments) {
-    const int rows = int(round_up(ceil_div(height, segments), kStep)), used = (height + rows - 1) / rows;
-    const int64_t cost = ceil_div(used * args.strips * images, kSlots) * (rows + args.window_rows);
-    if (best == 0 || cost < best) best = cost, args.rows = rows, args.segments = used;
-  }
+  const int64_t at_once = int64_t(core::multiprocessors()) * kBlocksPerProcessor;
+  args.rows = segment_rows(height, args.strips * images, at_once, kStep, args.window_rows + kStep, kMostRows);
+  args.segments = (height + args.rows - 1) / args.rows;
 }
 
 // Whether the queries that see keys begin … end − 1 of a tile lie within the 16 columns that the tile is multiplied with.
@@ -99,18 +91,6 @@ bool cut_columns_of_keys(BackwardArgs& args, int columns) {
       }
     }
   return false;
-}
-
-// Shared memory that a block of the current device may have.
-int64_t most_shared_bytes() {
-#if defined(HDIT_EMULATION)
-  return 227 << 10;
-#else
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
-#endif
 }
 
 int64_t images(const NeighborhoodAttentionBackward& a) { return a.forward.batch * a.forward.heads; }
@@ -167,8 +147,8 @@ BackwardArgs plan_keys(BackwardArgs args, const NeighborhoodAttentionBackward& a
 bool takes(const NeighborhoodAttentionBackward& a) {
   const NeighborhoodAttention& f = a.forward;
   const auto fits = [&](const Tokens& x) { return x.data == nullptr || strips::takes(x, f); };
-  return strips::takes(f) && (f.dim == 32 || f.dim == 64 || f.dim == 128) && a.dout.data != nullptr && fits(a.dout) && fits(a.dq) &&
-         fits(a.dk) && fits(a.dv) && aligned(f.out);
+  return strips::takes(f) && (f.dim == 32 || f.dim == 64 || f.dim == 128) && a.dout.data != nullptr && aligned(f.out) &&
+         fits(a.dout) && fits(a.dq) && fits(a.dk) && fits(a.dv);
 }
 
 std::string describe(const NeighborhoodAttention& a) {
@@ -190,7 +170,7 @@ int64_t neighborhood_attention_strips_workspace_cuda(const NeighborhoodAttention
 bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBackward& a, void* workspace, void* stream) {
   if (!takes(a)) return false;
   if (images(a) == 0) return true;
-  const int64_t most_bytes = most_shared_bytes();
+  const int64_t most_bytes = int64_t(core::most_shared_bytes());
   const BackwardArgs args = args_of(a);
   BackwardArgs queries = plan_queries(args, a, most_bytes), keys = plan_keys(args, a, most_bytes);
   if (queries.warps == 0 || keys.warps == 0) return false;

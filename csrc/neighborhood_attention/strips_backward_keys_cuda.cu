@@ -54,7 +54,7 @@ DEVICE void load_keys(KeyTile<dim>& tile, const BackwardArgs& args, const Place&
     put<dim>(tile.v, half, value);
     tile.scale[half] = tile.unscale[half] = 1;
     if constexpr (std::is_same_v<Held<T, cosine>, Float16>) {
-      const float largest = max_of_token(largest_of<dim, T>(value, 0.0f));
+      const float largest = max_of_token(largest_of<dim, T>(value));
       const float exponent = exponent_of_ds<dim>(totals.dout, largest, totals.delta);
       tile.scale[half] = core::exp2(exponent), tile.unscale[half] = core::exp2(-exponent);
     }

@@ -39,7 +39,7 @@ DEVICE void load_queries(QueryTile<dim>& tile, Totals& totals, const BackwardArg
     for (int c = 0; c < dim / 8; ++c) delta = dot_of_words<T>(given.word[c], out.word[c], delta);
     const float dlse = args.dlse == nullptr ? 0.0f : core::load_global<float>(args.dlse + at);
     const float neg_delta = dlse - sum_of_token(delta);
-    const float largest = max_of_token(largest_of<dim, T>(given, 0.0f));
+    const float largest = max_of_token(largest_of<dim, T>(given));
     tile.level[half] = -kLog2E * core::load_global<float>(f.lse + at);
     tile.exponent[half] = 0;
     if constexpr (std::is_same_v<Held<T, cosine>, Float16>) {
@@ -48,8 +48,8 @@ DEVICE void load_queries(QueryTile<dim>& tile, Totals& totals, const BackwardArg
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) tile.start[n][2 * half] = tile.start[n][2 * half + 1] = neg_delta;
-    totals.dout = fmaxf(totals.dout, largest);
-    totals.delta = fmaxf(totals.delta, fabsf(neg_delta));
+    totals.dout = fmaxf(totals.dout, if_finite(largest));
+    totals.delta = fmaxf(totals.delta, if_finite(fabsf(neg_delta)));
     if (t == 0 && half < rows_left && x < f.width) core::store_global<float>(args.neg_delta + at, neg_delta);
   }
 }
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
   const uint32_t largest_at = shared + args.layout.sums;
   float largest_value = 0;
   const auto find_largest = [&](int, uint32_t at) {
-    if constexpr (kNarrow) largest_value = largest_of<dim, T>(stream.load_y(at), largest_value);
+    if constexpr (kNarrow) largest_value = fmaxf(largest_value, if_finite(largest_of<dim, T>(stream.load_y(at))));
   };
   const auto share_largest = [&](int step) {
     if constexpr (kNarrow) {

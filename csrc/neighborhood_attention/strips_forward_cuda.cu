@@ -457,20 +457,6 @@ __global__ void __launch_bounds__(S::threads, blocks) strips_forward(const Args 
   block.template march<true>(factor);
 }
 
-// Rows of a segment, whole steps: those whose waves of `at_once` blocks take least. A block costs `more` rows beyond its
-// own: it begins with keys that its neighbour has too.
-int segment_rows(int height, int64_t strips, int64_t at_once, int step, int more, int most_rows) {
-  int best = step;
-  int64_t least_time = INT64_MAX;
-  const int first = (height + most_rows - 1) / most_rows;
-  for (int segments = first; segments < first + 64; ++segments) {
-    const int rows = int(ceil_div(ceil_div(height, segments), step)) * step;
-    const int64_t time = ceil_div(strips * ceil_div(height, rows), at_once) * (rows + more);
-    if (time < least_time) least_time = time, best = rows;
-  }
-  return best;
-}
-
 // `blocks`: on a multiprocessor at once.
 template <class S, int blocks>
 bool launch(const NeighborhoodAttention& a, void* stream) {
