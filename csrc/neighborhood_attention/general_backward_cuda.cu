@@ -58,12 +58,13 @@ struct Products {
       const int heads_chunk = chunk < plan.dim_chunks ? chunk : -1, values_chunk = chunk < plan.v_chunks ? chunk : -1;
       const bool first = i == 0, last = i == plan.dim_chunks - 1;
       Brought<T> head;
-      if (heads_chunk >= 0) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
+      if (kCommon) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
       core::sync_block();
       if (kCopied) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
       if (first) prepare();
       if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last, i < count);
       if (heads_chunk >= 0) {
+        if (!kCommon) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);  // registers do not suffice before
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
         if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
@@ -304,7 +305,7 @@ DEVICE void write_sums(const Call& call, const Block& block, int segment, const 
   float* const sums = call.sums + row * (plan.dim + plan.v_dim + 4);
   const int pair = 8 * block.chunk + thread.member;
   Heads<float>(sums, plan.dim, plan.angles, plan.wide).write(sums, pair, dkeys);
-  Heads<float>(sums, plan.v_dim, 0, false).write(sums + plan.dim, pair, dvalues);
+  Heads<float>(sums, plan.v_dim, 0, plan.wide).write(sums + plan.dim, pair, dvalues);
   if (thread.member == 0 && block.chunk == 0) core::store_global(sums + plan.dim + plan.v_dim, along);
 }
 

@@ -74,9 +74,9 @@ DEVICE void finish(Softmax& state, const Thread& thread, const Block& block, con
   }
 }
 
-// Registers for three blocks on an SM, as many as the shared memory of an H100 holds.
+// For float32's common case registers for three blocks on an SM, as many as the shared memory of an H100 holds.
 template <class T, bool kCommon>
-__global__ void __launch_bounds__(kThreads, kCommon ? 3 : 2) forward_kernel(const Call call) {
+__global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float) ? 3 : 2) forward_kernel(const Call call) {
   constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
