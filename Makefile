@@ -12,7 +12,7 @@ help:
 	@echo "make stress       the same tests on 10 000 random geometries"
 	@echo "make bench        every benchmark; rows and a roofline picture into benchmarks/results/"
 	@echo "make lint         ruff check and format"
-	@echo "make sanitize     test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)"
+	@echo "make sanitize     test the CPU and the emulated CUDA kernels under Address- and UndefinedBehaviorSanitizer (GCC)"
 	@echo "make emulated     the CUDA kernels as a module that runs on a CPU, which the tests use"
 	@echo "make cuda-check   compile every CUDA kernel for sm_80 and sm_90a; registers, spills, shared memory"
 	@echo "make counters     predict the time of every CUDA kernel on an H200 from counted accesses and machine code"
@@ -39,8 +39,9 @@ reproduce: setup
 		-k "float32 and (64x64 or 4096x) and not products or 128x128 and sampling and B/4" --disable-warnings
 	@echo "plots: runs/scaling/*.png   tables: runs/flops.csv runs/benchmarks/*.csv"
 
+# A process for each core, each with one thread: two threads on two busy cores would wait for each other in a spin.
 test: setup emulated
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup
 
 # The CUDA kernels as a module that runs on a CPU, for tests (csrc/emulation.h); never part of the package.
 emulated: $(RUN)
@@ -50,7 +51,7 @@ emulated: $(RUN)
 	PATH=$(abspath $(BIN)):$$PATH cmake --build build/emulated
 
 stress: setup emulated
-	$(RUN) -m pytest tests/test_window.py --hypothesis-profile stress
+	$(RUN) -m pytest tests/test_window.py tests/test_cuda.py --hypothesis-profile stress
 
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only -q --disable-warnings
@@ -80,6 +81,12 @@ sanitize: setup
 	ln -sf $(CURDIR)/hdit_kernels/*.py $(FOLDER)/hdit_kernels/
 	$(SANITIZED) -c "$(OVERRUN)" 2>&1 | grep heap-buffer-overflow
 	$(SANITIZED) -c "$(TESTS)" -p no:cacheprovider --capture=sys $(addprefix ../../tests/,test_native.py test_ops.py test_window.py)
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(FOLDER)/emulated -G Ninja -DHDIT_SANITIZE=ON -DHDIT_EMULATION=ON \
+		-DPython_EXECUTABLE=$(abspath $(RUN)) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(FOLDER)/emulated
+	PATH=$(abspath $(BIN)):$$PATH cmake --build $(FOLDER)/emulated
+	HDIT_EMULATED=$(CURDIR)/$(FOLDER)/emulated $(SANITIZED) -c "$(TESTS)" -p no:cacheprovider --capture=sys \
+		../../tests/test_cuda.py -k same_bits
 
 cuda-check:
 	$(PYTHON) csrc/cuda_check.py
