@@ -67,34 +67,34 @@ struct Strip {
   static_assert(ring % 2 == 0 && (live + skipped) % step == 0 && rounds_from >= 2);
 };
 
-  // Which of a lane's key columns 8n + 2t + e its queries' column g sees.
-  template <bool running>
-  struct Seen;
-  template <>
-  struct Seen<false> {
-    uint32_t mask[2];  // of pairs of weights
+// Which of a lane's key columns 8n + 2t + e its queries' column g sees.
+template <bool running>
+struct Seen;
+template <>
+struct Seen<false> {
+  uint32_t mask[2];  // of pairs of weights
 
-    DEVICE Seen(int g, int t, int window) {
-      const auto seen = [&](int column) { return column >= g && column < g + window; };
+  DEVICE Seen(int g, int t, int window) {
+    const auto seen = [&](int column) { return column >= g && column < g + window; };
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
-        mask[n] = (seen(8 * n + 2 * t) ? 0xffffu : 0) | (seen(8 * n + 2 * t + 1) ? 0xffff0000u : 0);
-    }
-  };
-  template <>
-  struct Seen<true> {
-    float start[2][4];  // of logits: 0, or −inf
+    for (int n = 0; n < 2; ++n)
+      mask[n] = (seen(8 * n + 2 * t) ? 0xffffu : 0) | (seen(8 * n + 2 * t + 1) ? 0xffff0000u : 0);
+  }
+};
+template <>
+struct Seen<true> {
+  float start[2][4];  // of logits: 0, or −inf
 
-    DEVICE Seen(int g, int t, int window) {
+  DEVICE Seen(int g, int t, int window) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int column = 8 * n + 2 * t + e % 2;
-          start[n][e] = column >= g && column < g + window ? 0.0f : -INFINITY;
-        }
-    }
-  };
+      for (int e = 0; e < 4; ++e) {
+        const int column = 8 * n + 2 * t + e % 2;
+        start[n][e] = column >= g && column < g + window ? 0.0f : -INFINITY;
+      }
+  }
+};
 
 template <class S>
 struct Block {
