@@ -282,9 +282,10 @@ DEVICE void store_prepared(uint32_t at, int t, const Quarter<dim>& x) {
 
 // ---- normalising and rotating ----------------------------------------------------------------------------------------
 // Cosines and sines of `rows` rows from first_row and `columns` columns from first_column, wrapped; dim / 2 bytes each.
+// rest_at: how far behind a table what its rounding left over is stored, or 0: nowhere.
 template <int dim>
 DEVICE void store_angles(const Args& args, int head, uint32_t row_table, int first_row, int rows, uint32_t column_table,
-                         int first_column, int columns, int thread, int threads) {
+                         int first_column, int columns, int thread, int threads, int rest_at = 0) {
   constexpr int kAngles = dim / 8;
 #pragma unroll 1
   for (int i = thread; i < (rows + columns) * kAngles; i += threads) {
@@ -300,7 +301,13 @@ DEVICE void store_angles(const Args& args, int head, uint32_t row_table, int fir
       turned = fmaf(turns, 1.7484555e-7f, fmaf(turns, -6.28318548202514648f, full));
     }
     const uint32_t table = is_row ? row_table + place * (dim / 2) : column_table + (place - rows) * (dim / 2);
-    core::store_shared<uint32_t>(table + angle * 4, core::pack_f16(core::cos_fast(turned), core::sin_fast(turned)));
+    const float cosine = core::cos_fast(turned), sine = core::sin_fast(turned);
+    const uint32_t pair = core::pack_f16(cosine, sine);
+    core::store_shared<uint32_t>(table + angle * 4, pair);
+    if (rest_at != 0) {
+      const uint32_t rest = core::pack_f16(cosine - core::f16_low(pair), sine - core::f16_high(pair));
+      core::store_shared<uint32_t>(table + rest_at + angle * 4, rest);
+    }
   }
 }
 
@@ -334,6 +341,16 @@ DEVICE Angles<dim> load_angles(uint32_t at) {
   return angles;
 }
 
+// With what their rounding left over.
+template <int dim>
+DEVICE Angles<dim> load_angles(uint32_t at, int rest_at) {
+  Angles<dim> angles = load_angles<dim>(at);
+  const Angles<dim> rest = load_angles<dim>(at + rest_at);
+#pragma unroll
+  for (int i = 0; i < dim / 16; ++i) angles.cosine[i] += rest.cosine[i], angles.sine[i] += rest.sine[i];
+  return angles;
+}
+
 // The sum of x over the four lanes of a token.
 DEVICE float sum_of_token(float x) {
   x += core::shuffle_xor(x, 1);
@@ -355,11 +372,11 @@ DEVICE Quarter<dim> packed(const float (&f)[dim / 4]) {
 }
 
 // factor · (the token, of length 1 if cosine), rotated. The four lanes of a token call together, with all of their warp.
-// inverse_length: 1 / the token's length, or 1. (The token comes and goes by value: rounding it in place costs moves.)
+// inverse_length: 1 / the token's length, or 1.
 template <int dim, class T, bool cosine>
-DEVICE Quarter<dim> prepared(const Quarter<dim>& raw, const Angles<dim>& angles, float factor, float& inverse_length) {
+DEVICE void prepare(float (&f)[dim / 4], const Quarter<dim>& raw, const Angles<dim>& angles, float factor,
+                    float& inverse_length) {
   constexpr int kPairs = dim / 16;
-  float f[dim / 4];
   unpack<dim, T>(f, raw);
   inverse_length = 1;
   if constexpr (cosine) {
@@ -377,7 +394,24 @@ DEVICE Quarter<dim> prepared(const Quarter<dim>& raw, const Angles<dim>& angles,
   }
 #pragma unroll
   for (int i = 2 * kPairs; i < dim / 4; ++i) f[i] *= scale;
+}
+
+// The same, rounded. (The token comes and goes by value: rounding it in place costs moves.)
+template <int dim, class T, bool cosine>
+DEVICE Quarter<dim> prepared(const Quarter<dim>& raw, const Angles<dim>& angles, float factor, float& inverse_length) {
+  float f[dim / 4];
+  prepare<dim, T, cosine>(f, raw, angles, factor, inverse_length);
   return packed<dim, Held<T, cosine>>(f);
+}
+
+// What rounding f to float16, to x, left over.
+template <int dim>
+DEVICE Quarter<dim> left_over(const float (&f)[dim / 4], const Quarter<dim>& x) {
+  float rounded[dim / 4], rest[dim / 4];
+  unpack<dim, Float16>(rounded, x);
+#pragma unroll
+  for (int i = 0; i < dim / 4; ++i) rest[i] = f[i] - rounded[i];
+  return packed<dim, Float16>(rest);
 }
 
 }  // namespace strips

@@ -13,8 +13,9 @@
 // comes out of the product, without any maximum. Else they are relative to a maximum that is raised when a logit exceeds
 // it by more than `kSlack`, which is rare: only then are sums rescaled.
 //
-// Unit queries and keys are float16 numbers, which puts an error of about 5e-5 · |logit| into steep logits: less than the
-// rounding of bfloat16 values up to |cosine_scale| of some 500, and than that of float16 values up to some 80.
+// Unit queries and keys are float16 numbers, which puts errors of up to 2e-4 · |cosine_scale| into logits: less than the
+// rounding of bfloat16 results up to |cosine_scale| of some 500, and than that of float16 ones up to some 80. Steep heads
+// of float16 tensors (`kSplit`) are left to a second kernel, which `split`s each unit number into a sum of two.
 //
 // A NaN or an infinity in k or v may reach queries that do not see it, of tiles whose 16 columns of keys hold it: products
 // multiply it by zero.
@@ -34,23 +35,29 @@ constexpr float kSlack = 8;  // of logits to base 2: weights stay far below floa
 template <class T>
 constexpr float kBound = std::is_same_v<T, BFloat16> ? 57.0f : 15.5f;
 
+constexpr float kSplit = 45;  // logits to base 2 of float16 tensors from where on unit numbers are split
+
 // What a kernel is compiled for. Windows of `window` rows, or `whole` false: up to so many; up to `window` columns.
-template <class Element, bool is_cosine, int dim_, int window_, bool whole_, int tiles_, int warps_>
+// split: prepared queries and keys are sums of two float16 numbers.
+template <class Element, bool is_cosine, int dim_, int window_, bool whole_, int tiles_, int warps_, bool split_ = false>
 struct Strip {
   using T = Element;
-  static constexpr bool cosine = is_cosine, whole = whole_;
+  static constexpr bool cosine = is_cosine, whole = whole_, split = split_;
+  static constexpr int parts = split ? 2 : 1;
   using Unit = Held<T, cosine>;
   static constexpr int dim = dim_, window = window_, tiles = tiles_, warps = warps_, threads = 32 * warps;
   static constexpr int step = 2 * tiles, live = step + window - 1, ring = live + step;  // rows: of queries, seen, held
   static constexpr int columns = kTileColumns * warps + window - 1, tokens = step * columns;  // of keys; of a step
   static constexpr int token_bytes = 2 * dim, row_bytes = columns * token_bytes, table_bytes = dim / 2;
-  // Shared memory: the rings of keys and of values, angles of columns, where a step's keys and values come from and
-  // where they go, angles of rows.
-  static constexpr int values_at = ring * row_bytes, column_angles_at = 2 * values_at;
+  // Shared memory: the rings of keys and of values (and of second parts of keys), angles of columns, where a step's keys
+  // and values come from and where they go, angles of rows; if split, all after the rings again: angles' second parts.
+  static constexpr int values_at = ring * row_bytes, rests_at = 2 * values_at, column_angles_at = (1 + parts) * values_at;
   static constexpr int key_items_at = column_angles_at + columns * table_bytes;
   static constexpr int value_items_at = key_items_at + tokens * 8, row_angles_at = value_items_at + tokens * 8;
   static constexpr int more_rows = 2 * step - 1 + window - 1;  // of keys than of queries, in the last step and after it
-  static constexpr int bytes(int rows) { return row_angles_at + (rows + more_rows) * table_bytes; }
+  static constexpr int bytes(int rows) {
+    return column_angles_at + parts * (row_angles_at - column_angles_at + (rows + more_rows) * table_bytes);
+  }
   // The first rows are not a whole number of steps: so many before them are not loaded.
   static constexpr int skipped = ring % step;
   // A step's keys are prepared in rounds of threads / 4 tokens, some in each of the last rows of the step before.
@@ -60,34 +67,34 @@ struct Strip {
   static_assert(ring % 2 == 0 && (live + skipped) % step == 0 && rounds_from >= 2);
 };
 
-  // Which of a lane's key columns 8n + 2t + e its queries' column g sees.
-  template <bool running>
-  struct Seen;
-  template <>
-  struct Seen<false> {
-    uint32_t mask[2];  // of pairs of weights
+// Which of a lane's key columns 8n + 2t + e its queries' column g sees.
+template <bool running>
+struct Seen;
+template <>
+struct Seen<false> {
+  uint32_t mask[2];  // of pairs of weights
 
-    DEVICE Seen(int g, int t, int window) {
-      const auto seen = [&](int column) { return column >= g && column < g + window; };
+  DEVICE Seen(int g, int t, int window) {
+    const auto seen = [&](int column) { return column >= g && column < g + window; };
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
-        mask[n] = (seen(8 * n + 2 * t) ? 0xffffu : 0) | (seen(8 * n + 2 * t + 1) ? 0xffff0000u : 0);
-    }
-  };
-  template <>
-  struct Seen<true> {
-    float start[2][4];  // of logits: 0, or −inf
+    for (int n = 0; n < 2; ++n)
+      mask[n] = (seen(8 * n + 2 * t) ? 0xffffu : 0) | (seen(8 * n + 2 * t + 1) ? 0xffff0000u : 0);
+  }
+};
+template <>
+struct Seen<true> {
+  float start[2][4];  // of logits: 0, or −inf
 
-    DEVICE Seen(int g, int t, int window) {
+  DEVICE Seen(int g, int t, int window) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int column = 8 * n + 2 * t + e % 2;
-          start[n][e] = column >= g && column < g + window ? 0.0f : -INFINITY;
-        }
-    }
-  };
+      for (int e = 0; e < 4; ++e) {
+        const int column = 8 * n + 2 * t + e % 2;
+        start[n][e] = column >= g && column < g + window ? 0.0f : -INFINITY;
+      }
+  }
+};
 
 template <class S>
 struct Block {
@@ -116,15 +123,20 @@ struct Block {
 
   DEVICE int first_key_row() const { return first_row - args.window_rows / 2; }
   DEVICE int first_key_column() const { return first_column - args.window_columns / 2; }
+  DEVICE int rest_of_angles() const {
+    return S::split ? S::row_angles_at - S::column_angles_at + (args.rows + S::more_rows) * S::table_bytes : 0;
+  }
   // Of row and column `row`, `column` of those keys.
-  DEVICE uint32_t angles_at(int row, int column) const {
-    return angles_of<dim>(shared + S::row_angles_at, row, shared + S::column_angles_at, column, t);
+  DEVICE Angles<dim> angles_at(int row, int column) const {
+    const uint32_t at = angles_of<dim>(shared + S::row_angles_at, row, shared + S::column_angles_at, column, t);
+    if constexpr (S::split) return load_angles<dim>(at, rest_of_angles());
+    else return load_angles<dim>(at);
   }
 
   // ---- keys and values ----
   DEVICE void store_tables() const {
     store_angles<dim>(args, head, shared + S::row_angles_at, first_key_row(), rows + S::more_rows,
-                      shared + S::column_angles_at, first_key_column(), S::columns, thread, S::threads);
+                      shared + S::column_angles_at, first_key_column(), S::columns, thread, S::threads, rest_of_angles());
 #pragma unroll 1
     for (int i = thread; i < S::tokens; i += S::threads) {
       const int row = i / S::columns, column = i % S::columns;
@@ -201,10 +213,12 @@ struct Block {
     Quarter<dim> raw = {};
     if (mine) raw = load_quarter_shared<dim>(at, t);
     core::sync_warp();
-    const uint32_t angles = angles_at(first + row, column);
-    float inverse_length;
-    const Quarter<dim> key = prepared<dim, T, S::cosine>(raw, load_angles<dim>(angles), 1.0f, inverse_length);
-    if (mine) store_prepared<dim>(at, t, key);
+    float key[dim / 4], inverse_length;
+    prepare<dim, T, S::cosine>(key, raw, angles_at(first + row, column), 1.0f, inverse_length);
+    const Quarter<dim> rounded = packed<dim, typename S::Unit>(key);
+    if (mine) store_prepared<dim>(at, t, rounded);
+    if constexpr (S::split)
+      if (mine) store_prepared<dim>(at + S::rests_at, t, left_over<dim>(key, rounded));
   }
 
   DEVICE void prepare_keys(int first, int skip, int slot) const {
@@ -222,16 +236,20 @@ struct Block {
   }
 
   // As operands: words 2j and 2j + 1 of two rows of queries are fragment j. done: rows of queries before these.
-  DEVICE void prepare_queries(uint32_t (&queries)[S::tiles][fragments][4], const Quarter<dim> (&raw)[S::tiles][2],
-                              int done, float factor) const {
+  DEVICE void prepare_queries(uint32_t (&queries)[S::parts][S::tiles][fragments][4],
+                              const Quarter<dim> (&raw)[S::tiles][2], int done, float factor) const {
 #pragma unroll
     for (int i = 0; i < S::step; ++i) {
       const int row = done + i + args.window_rows / 2, x = kTileColumns * warp + g + args.window_columns / 2;
-      const Angles<dim> angles = load_angles<dim>(angles_at(row, x));
-      float inverse_length;
-      const Quarter<dim> query = prepared<dim, T, S::cosine>(raw[i / 2][i % 2], angles, factor, inverse_length);
+      float query[dim / 4], inverse_length;
+      prepare<dim, T, S::cosine>(query, raw[i / 2][i % 2], angles_at(row, x), factor, inverse_length);
+      Quarter<dim> part[S::parts];
+      part[0] = packed<dim, typename S::Unit>(query);
+      if constexpr (S::split) part[1] = left_over<dim>(query, part[0]);
 #pragma unroll
-      for (int c = 0; c < words; ++c) queries[i / 2][c / 2][i % 2 + 2 * (c % 2)] = query.word[c];
+      for (int p = 0; p < S::parts; ++p)
+#pragma unroll
+        for (int c = 0; c < words; ++c) queries[p][i / 2][c / 2][i % 2 + 2 * (c % 2)] = part[p].word[c];
     }
   }
 
@@ -278,18 +296,25 @@ struct Block {
 
   // Logits of a tile with 2 x 8 keys become weights, as an operand.
   template <bool running>
-  DEVICE void weigh(uint32_t (&weights)[4], Sums& sums, const uint32_t (&queries)[fragments][4],
-                    const uint32_t (&keys)[2][words], const Seen<running>& seen, int offset, float slope) const {
+  DEVICE void weigh(uint32_t (&weights)[4], Sums& sums, const uint32_t (&queries)[S::parts][S::tiles][fragments][4],
+                    int tile, const uint32_t (&keys)[S::parts][2][words], const Seen<running>& seen, int offset,
+                    float slope) const {
     const float zero[4] = {0, 0, 0, 0};
     float logits[2][4];
 #pragma unroll
     for (int j = 0; j < fragments; ++j)
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
+        const auto& query = queries[0][tile][j];
+        const uint32_t key0 = keys[0][n][2 * j], key1 = keys[0][n][2 * j + 1];
         if constexpr (running) {
-          if (j == 0) multiply<typename S::Unit>(logits[n], seen.start[n], queries[j], keys[n][0], keys[n][1]);
-        } else if (j == 0) multiply<typename S::Unit>(logits[n], zero, queries[j], keys[n][0], keys[n][1]);
-        if (j > 0) multiply<typename S::Unit>(logits[n], queries[j], keys[n][2 * j], keys[n][2 * j + 1]);
+          if (j == 0) multiply<typename S::Unit>(logits[n], seen.start[n], query, key0, key1);
+        } else if (j == 0) multiply<typename S::Unit>(logits[n], zero, query, key0, key1);
+        if (j > 0) multiply<typename S::Unit>(logits[n], query, key0, key1);
+        if constexpr (S::split) {
+          multiply<typename S::Unit>(logits[n], queries[1][tile][j], key0, key1);
+          multiply<typename S::Unit>(logits[n], query, keys[1][n][2 * j], keys[1][n][2 * j + 1]);
+        }
       }
     if constexpr (running) raise(sums, logits, offset, slope);
 #pragma unroll
@@ -305,23 +330,25 @@ struct Block {
 
   // Row r of the keys and values that a step sees.
   template <bool running>
-  DEVICE void absorb_row(Sums (&sums)[S::tiles], const uint32_t (&queries)[S::tiles][fragments][4],
+  DEVICE void absorb_row(Sums (&sums)[S::tiles], const uint32_t (&queries)[S::parts][S::tiles][fragments][4],
                          const Seen<running>& seen, uint32_t key_row, uint32_t value_row, int r,
                          float slope) const {
     const float zero[4] = {0, 0, 0, 0};
-    uint32_t keys[2][words];
+    uint32_t keys[S::parts][2][words];
 #pragma unroll
-    for (int c = 0; c < words; c += 2) {
-      uint32_t four[4];
-      core::ldmatrix_x4(four, (key_row ^ c << 4) + r % 2 * S::row_bytes);
-      keys[0][c] = four[0], keys[0][c + 1] = four[1], keys[1][c] = four[2], keys[1][c + 1] = four[3];
-    }
+    for (int p = 0; p < S::parts; ++p)
+#pragma unroll
+      for (int c = 0; c < words; c += 2) {
+        uint32_t four[4];
+        core::ldmatrix_x4(four, (key_row ^ c << 4) + r % 2 * S::row_bytes + p * S::rests_at);
+        keys[p][0][c] = four[0], keys[p][0][c + 1] = four[1], keys[p][1][c] = four[2], keys[p][1][c + 1] = four[3];
+      }
     uint32_t weights[S::tiles][4];
 #pragma unroll
     for (int i = 0; i < S::tiles; ++i) {
       const int offset = r - 2 * i;
       if (offset < 0 || offset > S::window) continue;
-      weigh<running>(weights[i], sums[i], queries[i], keys, seen, offset, slope);
+      weigh<running>(weights[i], sums[i], queries, i, keys, seen, offset, slope);
       if (offset == 0) multiply<T>(sums[i].total, zero, weights[i], kOnes<T>, kOnes<T>);
       else multiply<T>(sums[i].total, weights[i], kOnes<T>, kOnes<T>);
     }
@@ -410,7 +437,7 @@ struct Block {
       if (done + S::step < rows) load_step(coming, 0, coming_slot);
       core::copy_async_commit();
       if (active) {
-        uint32_t queries[S::tiles][fragments][4];
+        uint32_t queries[S::parts][S::tiles][fragments][4];
         prepare_queries(queries, raw, done, query_factor);
         Sums sums[S::tiles];
         uint32_t row = shared + base * S::row_bytes;
@@ -448,12 +475,13 @@ struct Block {
 template <class S, int blocks>
 __global__ void __launch_bounds__(S::threads, blocks) strips_forward(const Args args) {
   const Block<S> block(args);
-  block.store_tables();
   float factor = args.scale * kLog2E;
-  if constexpr (S::cosine) {
-    factor *= core::load_global<float>(args.cosine_scale + block.head);
+  if constexpr (S::cosine) factor *= core::load_global<float>(args.cosine_scale + block.head);
+  if constexpr (S::cosine && std::is_same_v<typename S::T, Float16>)
+    if ((fabsf(factor) > kSplit) != S::split) return;  // for the other kernel
+  block.store_tables();
+  if constexpr (S::cosine && !S::split)
     if (fabsf(factor) <= kBound<typename S::T>) return block.template march<false>(factor);
-  }
   block.template march<true>(factor);
 }
 
@@ -462,7 +490,7 @@ template <class S, int blocks>
 bool launch(const NeighborhoodAttention& a, void* stream) {
   // Up to what blocks may share; where that is less than on sm_90, fewer run at once.
   const int64_t most_bytes = std::min<int64_t>(core::most_shared_bytes(), (228 << 10) / blocks - 1024);
-  const int most_rows = int((most_bytes - S::bytes(0)) / S::table_bytes / S::step) * S::step;
+  const int most_rows = int((most_bytes - S::bytes(0)) / (S::bytes(1) - S::bytes(0)) / S::step) * S::step;
   if (most_rows < S::step) return false;
   const int64_t strips = ceil_div(a.columns.length, kTileColumns * S::warps) * a.heads * a.batch;
   const int64_t at_once = int64_t(core::multiprocessors()) * blocks;
@@ -481,6 +509,12 @@ bool launch(const NeighborhoodAttention& a, void* stream) {
 template <class T, bool cosine>
 bool launch_for_shape(const NeighborhoodAttention& a, void* stream) {
   constexpr bool common = cosine && std::is_same_v<T, BFloat16>;
+  if constexpr (cosine && !common) {  // first: where it does not fit, all is left to the general path
+    const bool launched = a.dim == 32   ? launch<Strip<T, true, 32, 9, false, 1, 2, true>, 2>(a, stream)
+                          : a.dim == 64 ? launch<Strip<T, true, 64, 9, false, 1, 2, true>, 1>(a, stream)
+                                        : launch<Strip<T, true, 128, 9, false, 1, 2, true>, 1>(a, stream);
+    if (!launched) return false;
+  }
   const int64_t rows = a.rows.kernel, widest = std::max(rows, a.columns.kernel);
   if (a.dim == 64) {
     if (rows == 7 && widest == 7) return launch<Strip<T, cosine, 64, 7, true, 2, 3>, 2>(a, stream);
