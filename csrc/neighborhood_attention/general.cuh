@@ -139,7 +139,7 @@ struct Block {
   int64_t batch, tile;  // tile: its number among all of its head
 
   DEVICE explicit Block(const Plan& plan) {
-    unsigned id = blockIdx.x;
+    unsigned id = core::opaque(uint32_t(blockIdx.x));  // found again at the end of a kernel, and not kept for it
     const auto take = [&](int n) {
       const unsigned i = id % n;
       id /= n;
@@ -203,7 +203,13 @@ DEVICE Box window_of(const Plan& plan, const Tile& tile, int slot) { return keys
 // A thread's part of every product: own rows 16·warp + group + 4i, i < 4; others 8j + member, or the features of pair `member`.
 struct Thread {
   int warp, group, member;
-  DEVICE Thread() : warp(core::uniform(threadIdx.x / 32)), group(threadIdx.x % 32 / 8), member(threadIdx.x % 8) {}
+  DEVICE Thread() : Thread(core::uniform(threadIdx.x / 32)) {}
+  DEVICE explicit Thread(int warp_) : warp(warp_) {
+    const uint32_t lane = core::opaque(uint32_t(threadIdx.x)) % 32;
+    group = lane / 8, member = lane % 8;
+  }
+  // The same, of which the compiler does not know it: what is computed from it in a loop is not kept for the next time.
+  DEVICE Thread again() const { return Thread(warp); }
   DEVICE int own(int i) const { return 16 * warp + group + 4 * i; }
   DEVICE int other(int j) const { return 8 * j + member; }
 };

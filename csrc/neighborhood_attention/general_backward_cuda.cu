@@ -22,34 +22,34 @@ constexpr int kTiles = 5;  // in shared memory: own heads and those of the other
 // Both products of a tile of queries with one of keys, all chunks: ⟨query, key⟩ and ⟨dout, value⟩. Begins with a barrier, and
 // ends with the chunks in shared memory that belong to the gradients of this block. Every block, whichever of these it makes,
 // adds the chunks up in one order: weights of both passes must be the same to the bit for norm to be theirs.
-template <class T, bool kCommon>
+// kAhead: heads are fetched into registers before the barrier, while other warps still multiply.
+template <class T, bool kCommon, bool kAhead>
 struct Products {
   static constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan& plan;
-  const Thread& thread;
   const Memory& memory;
   const Block& block;
   const Tile& own;
-  Heads<const T> own_heads, own_values;
+  const Tokens &own_heads, &own_values;
   const bool* own_mask;
   bool cosine, own_turned;
 
   DEVICE void bring_own(int heads_chunk, int values_chunk, bool first, bool last, bool lengths) const {
     Brought<T> brought;
     if (heads_chunk >= 0) {
-      fetch(brought, own_heads, own, heads_chunk, own_mask, plan.columns.length);
+      fetch(brought, Heads<const T>(own_heads, block, plan.dim, plan.angles, plan.wide), own, heads_chunk, own_mask, plan.columns.length);
       put(brought, memory.own, own, heads_chunk, own_turned ? memory.own_turns : 0, plan.angles);
       if (lengths) put_lengths(brought, memory.own_notes, cosine, first, last);
     }
     if (values_chunk >= 0) {
-      fetch(brought, own_values, own, values_chunk, own_mask, plan.columns.length);
+      fetch(brought, Heads<const T>(own_values, block, plan.v_dim, 0, plan.wide), own, values_chunk, own_mask, plan.columns.length);
       put(brought, memory.own_values, own, values_chunk, 0, 0);
     }
   }
 
   // prepare(): what else has to be in shared memory before the products are used; it may write after the first barrier.
   template <class Prepare>
-  DEVICE void operator()(const Heads<const T>& heads, const Heads<const T>& values, const Tile& tile, const bool* mask,
+  DEVICE void operator()(const Thread& thread, const Heads<const T>& heads, const Heads<const T>& values, const Tile& tile, const bool* mask,
                          bool turned, bool begin, bool needed, float (&products)[4][8], float (&changes)[4][8],
                          const Prepare& prepare) const {
     const int count = larger(plan.dim_chunks, plan.v_chunks);
@@ -58,13 +58,13 @@ struct Products {
       const int heads_chunk = chunk < plan.dim_chunks ? chunk : -1, values_chunk = chunk < plan.v_chunks ? chunk : -1;
       const bool first = i == 0, last = i == plan.dim_chunks - 1;
       Brought<T> head;
-      if (kCommon) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
+      if (kAhead) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
       core::sync_block();
       if (kCopied) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
       if (first) prepare();
       if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last, i < count);
       if (heads_chunk >= 0) {
-        if (!kCommon) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);  // registers do not suffice before
+        if (!kAhead) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
         if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
@@ -202,9 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const bool* const mask = mask_of(args, plan, block.batch);
   const float factor = factor_of(args, plan, block.head);
-  const Products<T, kCommon> multiply_tiles = {plan, thread, memory, block, own,
-                                      Heads<const T>(args.q, block, plan.dim, plan.angles, plan.wide),
-                                      Heads<const T>(call.g.dout, block, plan.v_dim, 0, plan.wide), nullptr, cosine, true};
+  const Products<T, kCommon, kCommon> multiply_tiles = {plan, memory, block, own, args.q, call.g.dout, nullptr, cosine, true};
 
   if (threadIdx.x < kSlots) core::store_shared(memory.windows + 16 * threadIdx.x, window_of(plan, own, threadIdx.x));
   fill_turns(memory.own_turns, args, plan, own, block.head);
@@ -223,35 +221,39 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
     const Heads<const T> values(extra ? args.extra_v : args.v, block, plan.v_dim, 0, plan.wide);
     if (!extra) fill_turns(memory.other_turns, args, plan, tile, block.head);
     float products[4][8] = {}, changes[4][8] = {};
-    multiply_tiles(keys, values, tile, extra ? nullptr : mask, !extra, step == -extra_steps, units.any(), products, changes,
+    const Thread here = thread.again();
+    multiply_tiles(here, keys, values, tile, extra ? nullptr : mask, !extra, step == -extra_steps, units.any(), products, changes,
                    [] {});
     if (!units.any()) continue;
-    change_queries<T>(products, changes, moments, thread, memory, tile, extra, factor * kLog2e);
-    put_weights(thread, memory.weights, products);
+    change_queries<T>(products, changes, moments, here, memory, tile, extra, factor * kLog2e);
+    put_weights(here, memory.weights, products);
     core::sync_warp();
-    accumulate(thread, memory.weights, memory.other, units, keys.pairs(block.chunk), sums);
+    accumulate(here, memory.weights, memory.other, units, keys.pairs(block.chunk), sums);
   }
 
-  const Heads<T> dq(call.g.dq, block, plan.dim, plan.angles, plan.wide);
+  const Block again(plan);
+  const Tile own_again = own_tile(plan, again);
+  const Thread lanes = thread.again();
+  const Heads<T> dq(call.g.dq, again, plan.dim, plan.angles, plan.wide);
   double part = 0.0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int slot = thread.own(i);
+    const int slot = lanes.own(i);
     const float4 note = core::load_shared<float4>(note_at(memory.own_notes, slot, 0));
     const float total = sum_of_group(moments.total[i]), norm = total == 0.0f ? 0.0f : 1.0f / total;
     const float slip = sum_of_group(moments.slip[i]) * norm - note.z, mean = sum_of_group(moments.mean[i]) * norm;
     const float along = sum_of_group(moments.along[i]) * norm;
-    if (!own.exists(slot)) continue;
-    if (total != 0.0f) part += double(moments.along[i]) * norm - (thread.member == 0 ? double(slip) * mean : 0.0);
-    if (thread.member == 0 && block.chunk == 0)
-      core::store_global(call.notes + number_of(plan, block, own.y_of(slot), own.x_of(slot)),
+    if (!own_again.exists(slot)) continue;
+    if (total != 0.0f) part += double(moments.along[i]) * norm - (lanes.member == 0 ? double(slip) * mean : 0.0);
+    if (lanes.member == 0 && again.chunk == 0)
+      core::store_global(call.notes + number_of(plan, again, own_again.y_of(slot), own_again.x_of(slot)),
                          make_float4(note.x, note.y + slip, norm, 0.0f));
     if (dq.data == nullptr) continue;
 #pragma unroll
     for (int e = 0; e < 8; ++e) sums[i][e] *= norm;
-    write_gradient(dq, thread, memory, block, own, i, cosine, true, along, factor, sums[i]);
+    write_gradient(dq, lanes, memory, again, own_again, i, cosine, true, along, factor, sums[i]);
   }
-  if (block.chunk == 0) write_part(part * plan.scale, memory, call.parts + block.tile);
+  if (again.chunk == 0) write_part(part * plan.scale, memory, call.parts + again.tile);
 }
 
 // ---- over keys -------------------------------------------------------------------------------------------------------------
@@ -321,13 +323,9 @@ __global__ void __launch_bounds__(kThreads, 2) keys_kernel(const Call call) {
   const Tile own = kExtra ? extra_tile(plan, block.column) : own_tile(plan, block);
   const bool cosine = args.cosine_scale != nullptr;
   const float factor = factor_of(args, plan, block.head);
-  const Products<T, kCommon> multiply_tiles = {
-      plan, thread, memory, block, own,
-      Heads<const T>(kExtra ? args.extra_k : args.k, block, plan.dim, plan.angles, plan.wide),
-      Heads<const T>(kExtra ? args.extra_v : args.v, block, plan.v_dim, 0, plan.wide),
+  const Products<T, kCommon, false> multiply_tiles = {  // sums of keys and values leave no registers to be ahead
+      plan, memory, block, own, kExtra ? args.extra_k : args.k, kExtra ? args.extra_v : args.v,
       kExtra ? nullptr : mask_of(args, plan, block.batch), cosine, !kExtra};
-  const Heads<const T> queries(args.q, block, plan.dim, plan.angles, plan.wide);
-  const Heads<const T> douts(call.g.dout, block, plan.v_dim, 0, plan.wide);
 
   if (!kExtra) fill_turns(memory.own_turns, args, plan, own, block.head);
   const Box whole = {0, plan.rows.length, 0, plan.columns.length};
@@ -339,34 +337,40 @@ __global__ void __launch_bounds__(kThreads, 2) keys_kernel(const Call call) {
   for (int step = begin; step < end; ++step) {
     const Tile tile = tile_at(plan, block, walk.row(step), walk.column(step), walk.log);
     const Units units = units_of(tile, needed);
+    const Heads<const T> queries(args.q, block, plan.dim, plan.angles, plan.wide);
+    const Heads<const T> douts(call.g.dout, block, plan.v_dim, 0, plan.wide);
     fill_turns(memory.other_turns, args, plan, tile, block.head);
     float products[4][8] = {}, changes[4][8] = {};
-    multiply_tiles(queries, douts, tile, nullptr, true, step == begin, units.any(), products, changes,
+    const Thread here = thread.again();
+    multiply_tiles(here, queries, douts, tile, nullptr, true, step == begin, units.any(), products, changes,
                    [&] { put_queries(call, block, tile, memory, !kExtra); });
     if (!units.any()) continue;
-    change_keys<T>(products, changes, along, thread, memory, own, kExtra, factor * kLog2e);
-    put_weights(thread, memory.weights, products);
+    change_keys<T>(products, changes, along, here, memory, own, kExtra, factor * kLog2e);
+    put_weights(here, memory.weights, products);
     core::sync_warp();
     if (douts.data != nullptr)
-      accumulate(thread, memory.weights, memory.other_values, units, douts.pairs(block.chunk), dvalues);
+      accumulate(here, memory.weights, memory.other_values, units, douts.pairs(block.chunk), dvalues);
     core::sync_warp();
-    put_weights(thread, memory.weights, changes);
+    put_weights(here, memory.weights, changes);
     core::sync_warp();
-    accumulate(thread, memory.weights, memory.other, units, queries.pairs(block.chunk), dkeys);
+    accumulate(here, memory.weights, memory.other, units, queries.pairs(block.chunk), dkeys);
   }
 
-  const Heads<T> dk(call.g.dk, block, plan.dim, plan.angles, plan.wide), dv(call.g.dv, block, plan.v_dim, 0, plan.wide);
+  const Block again(plan);
+  const Tile own_again = kExtra ? extra_tile(plan, again.column) : own_tile(plan, again);
+  const Thread lanes = thread.again();
+  const Heads<T> dk(call.g.dk, again, plan.dim, plan.angles, plan.wide), dv(call.g.dv, again, plan.v_dim, 0, plan.wide);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     along[i] = sum_of_group(along[i]);
-    const int slot = thread.own(i);
+    const int slot = lanes.own(i);
     if (kExtra) {
-      write_sums(call, block, block.row, thread, own, i, along[i], dkeys[i], dvalues[i]);
-    } else if (own.exists(slot)) {
+      write_sums(call, again, again.row, lanes, own_again, i, along[i], dkeys[i], dvalues[i]);
+    } else if (own_again.exists(slot)) {
       if (dv.data != nullptr)
-        dv.write(dv.at(own.y_of(slot), own.x_of(slot)), 8 * block.chunk + thread.member, dvalues[i]);
-      if (dk.data != nullptr && block.chunk < plan.dim_chunks)
-        write_gradient(dk, thread, memory, block, own, i, cosine, true, along[i], factor, dkeys[i]);
+        dv.write(dv.at(own_again.y_of(slot), own_again.x_of(slot)), 8 * again.chunk + lanes.member, dvalues[i]);
+      if (dk.data != nullptr && again.chunk < plan.dim_chunks)
+        write_gradient(dk, lanes, memory, again, own_again, i, cosine, true, along[i], factor, dkeys[i]);
     }
   }
 }

@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float
     const Heads<const T> values(extra ? args.extra_v : args.v, block, plan.v_dim, 0, plan.wide);
     const bool* const shown = extra ? nullptr : mask;
     float products[4][8] = {};
+    const Thread here = thread.again();
     for (int chunk = 0; chunk < plan.dim_chunks; ++chunk) {
       const bool last = chunk == plan.dim_chunks - 1;
       if (chunk == 0 && !extra) fill_turns(memory.other_turns, args, plan, tile, block.head);
@@ -128,15 +129,16 @@ __global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float
         put(value, memory.other_values, tile, 0, 0, 0);
       }
       core::sync_block();
-      if (units.any()) multiply(thread, memory.own, memory.other, keys.pairs(chunk), products);
+      if (units.any()) multiply(here, memory.own, memory.other, keys.pairs(chunk), products);
     }
     if (!units.any()) continue;
-    weigh<T>(state, products, thread, memory, tile, extra, factor);
-    put_weights(thread, memory.weights, products);
+    weigh<T>(state, products, here, memory, tile, extra, factor);
+    put_weights(here, memory.weights, products);
     core::sync_warp();
-    accumulate(thread, memory.weights, memory.other_values, units, values.pairs(block.chunk), state.sums);
+    accumulate(here, memory.weights, memory.other_values, units, values.pairs(block.chunk), state.sums);
   }
-  finish<T>(state, thread, block, own, args, plan);
+  const Block again(plan);
+  finish<T>(state, thread.again(), again, own_tile(plan, again), args, plan);
 }
 
 // ---- host side -------------------------------------------------------------------------------------------------------------
