@@ -1,5 +1,5 @@
-// What the kernels of strips_backward_*_cuda.cu share: their arguments, rows of tokens that stream through rings in shared
-// memory, and products of a tile of 2 × 8 tokens with 16 tokens of a ring row.
+// What the kernels of strips_backward_*_cuda.cu share: their arguments, rows of tokens that stream through rings in
+// shared memory, and products of a tile of 2 × 8 tokens with 16 tokens of a ring row.
 #pragma once
 
 #include "strips.cuh"
@@ -18,7 +18,7 @@ struct alignas(16) Part {
   float unused;
 };
 
-// What a block has in shared memory: ring of prepared tokens, ring of raw ones, rings of scalars (keys_kernel), tables, sums.
+// What a block has in shared memory: ring of prepared tokens, of raw ones, of scalars (keys_kernel), tables, sums.
 struct Layout {
   int columns, ring;  // of a ring: tokens in a row, rows
   uint32_t y_ring, scalars, column_table, row_table, sums, bytes;
@@ -34,11 +34,12 @@ struct BackwardArgs {
   Layout layout;
   int parts_per_head;
   int warps;
-  int first_strip, last_strip, first_row;  // keys: columns at which the first and last strip begin, row of the first segment
-  uint32_t nothing;  // 0, which the compiler does not know: x | nothing has a register of its own, else loaded words are moved
+  int first_strip, last_strip;  // keys: the columns at which the first and the last strip begin
+  int first_row;                // keys: the row at which the first segment begins
+  uint32_t nothing;  // 0, as the compiler does not know: x | nothing has a register of its own, else x is moved to one
 };
 
-// The same of a thread, or of what it knows.
+// The numbers of a Part, as a thread knows them.
 struct Totals {
   float dcosine_scale, dout, delta;
 };
@@ -76,8 +77,8 @@ void with_kernel_types(const NeighborhoodAttention& a, Launch launch) {
   else with_element(std::false_type());
 }
 
-inline void launch_blocks(const std::string& call, void (*kernel)(BackwardArgs), const BackwardArgs& args, int64_t batch,
-                          void* stream) {
+inline void launch_blocks(const std::string& call, void (*kernel)(BackwardArgs), const BackwardArgs& args,
+                          int64_t batch, void* stream) {
   const int64_t blocks = batch * args.forward.heads * args.forward.segments * args.forward.strips;
   core::launch(call, kernel, dim3(unsigned(blocks)), dim3(32 * args.warps), args.layout.bytes, stream, args);
 }
@@ -97,9 +98,9 @@ DEVICE float dot_of_words(uint32_t a, uint32_t b, float sum) {
   return fmaf(high<T>(a), high<T>(b), sum);
 }
 
-// ---- rows of two tensors on their way through a ring -------------------------------------------------------------------
-// x is prepared there, y stays as it is. A ring row holds `columns` tokens, a multiple of 8: 8 tokens to a warp at a time,
-// four lanes to each.
+// ---- rows of two tensors on their way through a ring ----------------------------------------------------------------
+// x is prepared there, y stays as it is. A ring row holds `columns` tokens, a multiple of 8: 8 tokens to a warp at a
+// time, four lanes to each.
 template <int dim>
 struct Stream {
   static constexpr int kToken = 2 * dim, kCopies = dim / 32;
@@ -150,8 +151,8 @@ struct Stream {
     });
   }
 
-  // Prepares what `load` with the same arguments copied, after copy_async_wait and by the same lanes; more(slot · columns +
-  // ring column, where the token of y lies).
+  // Prepares what `load` with the same arguments copied, after copy_async_wait and by the same lanes; more(slot ·
+  // columns + ring column, where the token of y lies).
   template <class T, bool cosine, class More>
   DEVICE void prepare(int row, int count, int slot, More more) const {
     const int t = threadIdx.x % 4;
@@ -179,7 +180,7 @@ struct Stream {
   }
 };
 
-// ---- what both kernels do with tiles -----------------------------------------------------------------------------------
+// ---- what both kernels do with tiles --------------------------------------------------------------------------------
 // A tile's 16 tokens as the left operand of products over features: token g is row g (y) or 8 + g (y + 1) of fragments.
 template <int dim>
 using Fragments = uint32_t[dim / 16][4];
@@ -211,7 +212,8 @@ DEVICE Quarter<dim> load_raw(const char* token, int t, uint32_t nothing) {
   return x;
 }
 
-// Where a lane finds 16 neighbouring tokens of a ring row, from its begin; dim·16 bytes are 8 tokens, which keep the swizzle.
+// Where a lane finds 16 neighbouring tokens of a ring row, from its begin; dim·16 bytes are 8 tokens, which keep the
+// swizzle.
 template <int dim>
 struct Sixteen {
   uint32_t prepared_at, raw_at, transposed_at;
@@ -265,7 +267,8 @@ DEVICE void add_weighted(float (&sums)[dim / 8][4], const uint32_t (&weights)[4]
   }
 }
 
-// Accumulators of two columns of 8 tokens as one left operand, and nothing where `seen` has no bits: [8 tokens][tile row].
+// Accumulators of two columns of 8 tokens as one left operand, and nothing where `seen` has no bits: [8 tokens][tile
+// row].
 template <class T>
 DEVICE void pack_seen(uint32_t (&words)[4], const float (&x)[2][4], const uint32_t (&seen)[2][2]) {
 #pragma unroll
@@ -275,11 +278,11 @@ DEVICE void pack_seen(uint32_t (&words)[4], const float (&x)[2][4], const uint32
       words[2 * n + half] = pack<T>(x[n][2 * half], x[n][2 * half + 1]) & seen[n][half];
 }
 
-// factor · the gradient of a token, of which `sums` has that of the prepared one, row `half`; returns this lane's part of
-// ⟨prepared, its gradient⟩.
+// factor · the gradient of a token, of which `sums` has that of the prepared one, row `half`; returns this lane's part
+// of ⟨prepared, its gradient⟩.
 template <int dim, class T, bool cosine>
-DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8][4], const Fragments<dim>& tile, int half,
-                               float inverse_length, float factor, uint32_t angles_at) {
+DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8][4], const Fragments<dim>& tile,
+                               int half, float inverse_length, float factor, uint32_t angles_at) {
   constexpr int kPairs = dim / 16;
   float g[dim / 4], unit[dim / 4], part = 0;
 #pragma unroll
@@ -321,7 +324,8 @@ DEVICE float largest_of(const Quarter<dim>& quarter) {
 // What others' gradients are scaled by: an infinity would take all their digits.
 DEVICE float if_finite(float magnitude) { return magnitude < INFINITY ? magnitude : 0.0f; }
 
-// The exponent e with which ds·2^e, of queries whose dout has no element beyond `dout`, and so on, stays within float16.
+// The exponent e with which ds·2^e, of queries whose dout has no element beyond `dout`, and so on, stays within
+// float16.
 template <int dim>
 DEVICE float exponent_of_ds(float dout, float value, float delta) {
   const float most = fmaf(dim * dout, value, delta);

@@ -1,21 +1,21 @@
-// The fast path of neighborhood attention's backward pass: two kernels that march down strips, the same bits every time.
+// The fast path of neighborhood attention's backward pass: two kernels march down strips; the same bits every time.
 //
 // 1. queries_kernel: dq, −delta of each query, and one Part of each block for the others.
 // 2. keys_kernel: dk and dv, from all queries that see a key.
 // 3. sum_kernel: the gradient of cosine_scale from the parts, in a fixed order.
 //
-// Both compute logits s = ⟨q', k'⟩ of prepared (unit, rotated) heads and weights p = exp(factor·s − lse) again, then
-// ds = p·(⟨dout, v⟩ − delta), delta = ⟨dout, out⟩ − dlse. Accumulators of one product are operands of the next as they are.
-// dq and dk end with the gradients of rotation and normalisation: with y = x·n, dx = n·(g − y·⟨y, g⟩); and ⟨q', dq'⟩ is
-// what the query adds to the gradient of cosine_scale.
+// Both compute logits s = ⟨q', k'⟩ of prepared (unit, rotated) heads and weights p = exp(factor·s − lse) again, then ds
+// = p·(⟨dout, v⟩ − delta), delta = ⟨dout, out⟩ − dlse. Accumulators of one product are operands of the next as they
+// are. dq and dk end with the gradients of rotation and normalisation: with y = x·n, dx = n·(g − y·⟨y, g⟩); and ⟨q',
+// dq'⟩ is what the query adds to the gradient of cosine_scale.
 //
-// ds is rounded to float16 where q' and k' are (always but for plain bfloat16), scaled by a power of two that keeps it in
-// float16's range whatever the magnitudes are: in the first kernel one for each query, by its dout and delta and the values
-// that the block has met; in the second one for each key, by its value and the image's largest dout and delta. The scale
-// leaves again in float32.
+// ds is rounded to float16 where q' and k' are (always but for plain bfloat16), scaled by a power of two that keeps it
+// in float16's range whatever the magnitudes are: in the first kernel one for each query, by its dout and delta and the
+// values that the block has met; in the second one for each key, by its value and the image's largest dout and delta.
+// The scale leaves again in float32.
 //
-// A NaN or an infinity in a token may reach the gradients of tokens that share a tile with those that see it: what is masked
-// becomes zero, but zero times NaN is NaN in a product of tiles.
+// A NaN or an infinity in a token may reach the gradients of tokens that share a tile with those that see it: what is
+// masked becomes zero, but zero times NaN is NaN in a product of tiles.
 #include "strips_backward.cuh"
 
 namespace hdit {
@@ -23,7 +23,7 @@ namespace {
 
 using namespace strips;
 
-// ---- 3: the gradient of cosine_scale -----------------------------------------------------------------------------------
+// ---- 3: the gradient of cosine_scale --------------------------------------------------------------------------------
 // One warp for each head of each image.
 __global__ void __launch_bounds__(32) sum_kernel(const BackwardArgs args) {
   const Part* parts = args.parts + int64_t(blockIdx.x) * args.parts_per_head;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(32) sum_kernel(const BackwardArgs args) {
   if (threadIdx.x == 0) core::store_global<float>(args.dcosine_scale + blockIdx.x, sum * args.forward.scale);
 }
 
-// ---- host side -------------------------------------------------------------------------------------------------------
+// ---- host side ------------------------------------------------------------------------------------------------------
 constexpr int kMostRows = 192;  // of a segment: the tables of more would cost the second block on a multiprocessor
 
 uint32_t round_up(int64_t value, int64_t to) { return uint32_t((value + to - 1) / to * to); }
@@ -58,7 +58,8 @@ void cut_rows(Args& args, int height, int64_t images) {
   args.segments = (height + args.rows - 1) / args.rows;
 }
 
-// Whether the queries that see keys begin … end − 1 of a tile lie within the 16 columns that the tile is multiplied with.
+// Whether the queries that see keys begin … end − 1 of a tile lie within the 16 columns that the tile is multiplied
+// with.
 bool tile_fits(int begin, int end, int width, int window) {
   const int first = begin - keys_reach_back(window), low = begin > 0 ? begin : 0;
   const int high = (end < begin + kTileColumns ? end : begin + kTileColumns) - 1;
@@ -76,8 +77,8 @@ bool strips_fit(int strips, int columns, int first_strip, int last_strip, int wi
   return true;
 }
 
-// Cuts the columns into strips of keys, none of whose tiles is seen by queries of more than 16 columns. A tile of which only
-// some keys lie at a border may be; then strips begin before the image, or the last one before it has to. (False
+// Cuts the columns into strips of keys, none of whose tiles is seen by queries of more than 16 columns. A tile of which
+// only some keys lie at a border may be; then strips begin before the image, or the last one before it has to. (False
 // where there is no way: a window of 9 in 17 columns has a key that all 17 queries see; or strips of one tile.)
 bool cut_columns_of_keys(BackwardArgs& args, int columns) {
   const int width = args.forward.width, window = args.forward.window_columns;
@@ -132,7 +133,8 @@ int most_rows_of_queries(int first_row, int height, int window) {
 
 BackwardArgs plan_keys(BackwardArgs args, const NeighborhoodAttentionBackward& a, int64_t most_bytes) {
   Args& f = args.forward;
-  const int even = most_rows_of_queries(0, f.height, f.window_rows), odd = most_rows_of_queries(-1, f.height, f.window_rows);
+  const int even = most_rows_of_queries(0, f.height, f.window_rows);
+  const int odd = most_rows_of_queries(-1, f.height, f.window_rows);
   args.first_row = odd < even ? -1 : 0;
   const int ring = most(least(odd, even), f.window_rows + 2 * kStep - 1);  // and, if possible, the rows that come next
   for (args.warps = kMostWarps; args.warps > 0; --args.warps) {
@@ -167,7 +169,8 @@ int64_t neighborhood_attention_strips_workspace_cuda(const NeighborhoodAttention
   return most_parts * int64_t(sizeof(Part)) + images(a) * height * width * int64_t(sizeof(float));
 }
 
-bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBackward& a, void* workspace, void* stream) {
+bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBackward& a, void* workspace,
+                                                 void* stream) {
   if (!takes(a)) return false;
   if (images(a) == 0) return true;
   const int64_t most_bytes = int64_t(core::most_shared_bytes());

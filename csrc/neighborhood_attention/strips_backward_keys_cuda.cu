@@ -1,8 +1,8 @@
 // dk and dv, over keys: the second kernel of the fast path's backward pass (strips_backward_cuda.cu: the whole).
 //
-// A warp owns tiles of 2 × 8 keys and marches down a strip. The queries that see them lie in a contiguous range of rows, more
-// than the window at a border, so that nothing has to be added back, and in at most 16 columns, as the host cuts the strips.
-// Rows of prepared queries and of dout stream through rings.
+// A warp owns tiles of 2 × 8 keys and marches down a strip. The queries that see them lie in a contiguous range of
+// rows, more than the window at a border, so that nothing has to be added back, and in at most 16 columns, as the host
+// cuts the strips. Rows of prepared queries and of dout stream through rings.
 #include "strips_backward.cuh"
 
 namespace hdit {
@@ -64,11 +64,12 @@ DEVICE void load_keys(KeyTile<dim>& tile, const BackwardArgs& args, const Place&
 // Which gradients a march over the rows of queries adds up. Heads of 128 leave no registers for both at once.
 enum class Sums { both, keys, values };
 
-// What one row of queries adds to dk and dv. scalars: their levels, and `delta_ring` bytes later −delta, of the first of 16.
+// What one row of queries adds to dk and dv. scalars: their levels, and `delta_ring` bytes later −delta, of the first
+// of 16.
 template <int dim, class T, bool cosine, Sums sums>
-DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4], const KeyTile<dim>& tile, uint32_t queries,
-                               uint32_t douts, uint32_t scalars, uint32_t delta_ring, const Sixteen<dim>& places,
-                               const uint32_t (&seen)[2][2], float slope) {
+DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
+                               uint32_t queries, uint32_t douts, uint32_t scalars, uint32_t delta_ring,
+                               const Sixteen<dim>& places, const uint32_t (&seen)[2][2], float slope) {
   using Unit = Held<T, cosine>;
   const uint32_t at = scalars + threadIdx.x % 4 * 8;
   float p[2][4];
@@ -105,7 +106,8 @@ DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4],
   }
 }
 
-// Accumulators hold features 2t, 2t + 1 of every chunk of 8. Neighbours exchange, so that a lane has 4 features together.
+// Accumulators hold features 2t, 2t + 1 of every chunk of 8. Neighbours exchange, so that a lane has 4 features
+// together.
 template <int dim, class T>
 DEVICE void store_sums(char* token, const float (&sums)[dim / 8][4], int half, bool mine) {
   const int t = threadIdx.x % 4;
@@ -124,14 +126,15 @@ DEVICE void store_sums(char* token, const float (&sums)[dim / 8][4], int half, b
 // dk and dv of a tile, from the sums that `sums` says; `mine`: of which row.
 template <int dim, class T, bool cosine, Sums sums>
 DEVICE void store_keys(const float (&dk)[dim / 8][4], const float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
-                       const BackwardArgs& args, const Place& place, const Stream<dim>& stream, const int (&y)[2], int x,
-                       const bool (&mine)[2], float factor) {
+                       const BackwardArgs& args, const Place& place, const Stream<dim>& stream, const int (&y)[2],
+                       int x, const bool (&mine)[2], float factor) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (sums != Sums::values) {
       Quarter<dim> result;
-      gradient_of_token<dim, T, cosine>(result, dk, tile.k, half, tile.inverse_length[half], factor * tile.unscale[half],
+      gradient_of_token<dim, T, cosine>(result, dk, tile.k, half, tile.inverse_length[half],
+                                        factor * tile.unscale[half],
                                         stream.angles_at(y[half], x - stream.first_column, t));
       if (mine[half] && args.dk.data != nullptr)
         store_quarter<dim>(token_at(args.dk, image_of(args.dk, place), y[half], x), t, result);
@@ -148,13 +151,15 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
   const uint32_t shared = core::dynamic_shared();
   const int thread = threadIdx.x, lane = thread % 32, warp = core::uniform(thread / 32), warps = blockDim.x / 32;
   const Place place = place_of(blockIdx.x, f);
-  const KeyStrip strip = key_strip(place.strip, f.strips, kTileColumns * warps, args.first_strip, args.last_strip, f.width);
+  const KeyStrip strip =
+      key_strip(place.strip, f.strips, kTileColumns * warps, args.first_strip, args.last_strip, f.width);
   const int y_begin = args.first_row + place.segment * f.rows, y_end = least(f.height, y_begin + f.rows);
   const float factor = factor_of(f, place.head), slope = factor * kLog2E;
 
   Stream<dim> stream;
   set_up(stream, args, shared);
-  stream.x = f.q, stream.y = args.dout, stream.x_image = image_of(f.q, place), stream.y_image = image_of(args.dout, place);
+  stream.x = f.q, stream.y = args.dout;
+  stream.x_image = image_of(f.q, place), stream.y_image = image_of(args.dout, place);
   stream.first_row = first_query(most(0, y_begin), f.window_rows);
   stream.first_column = strip.begin - keys_reach_back(f.window_columns);
   const int table_rows = last_query(y_end - 1, f.height, f.window_rows) + 1 - stream.first_row;
@@ -191,7 +196,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
         in_window[n] |= e ? 0xffff0000u : 0xffffu;
     }
 
-  int have = stream.first_row, have_slot = 0, low_slot = 0, low_before = have;  // rows below `have` are in the ring or past
+  int have = stream.first_row, have_slot = 0;  // rows below `have` are in the ring or past
+  int low_slot = 0, low_before = have;
   const auto advance = [&](int rows) {
     have += rows, have_slot += rows;
     if (have_slot >= stream.ring) have_slot -= stream.ring;
@@ -223,7 +229,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
     if (active) {
       KeyTile<dim> tile;
       load_keys<dim, T, cosine>(tile, args, place, stream, totals, y, safe_x);
-      const int last_of_first = last_query(y[0], f.height, f.window_rows), first_of_last = first_query(y[1], f.window_rows);
+      const int last_of_first = last_query(y[0], f.height, f.window_rows);
+      const int first_of_last = first_query(y[1], f.window_rows);
       const bool inside = x >= 0 && x < strip.end, mine[2] = {inside && row >= 0, inside && row + 1 < y_end};
       const auto add_up = [&](auto which) {
         constexpr Sums sums = decltype(which)::value;
@@ -256,7 +263,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
 
 }  // namespace
 
-void strips::launch_keys(const BackwardArgs& args, const NeighborhoodAttention& a, const std::string& call, void* stream) {
+void strips::launch_keys(const BackwardArgs& args, const NeighborhoodAttention& a, const std::string& call,
+                         void* stream) {
   with_kernel_types(a, [&](auto dim, auto element, auto cosine) {
     constexpr auto kernel = keys_kernel<decltype(dim)::value, decltype(element), decltype(cosine)::value>;
     launch_blocks(call + ", keys", kernel, args, a.batch, stream);

@@ -1,7 +1,7 @@
 // dq, over queries: the first kernel of the fast path's backward pass (strips_backward_cuda.cu: the whole).
 //
-// A warp owns tiles of 2 × 8 queries and marches down a strip. Their windows are window_rows + 1 rows of 16 keys; rows of
-// prepared keys and of values stream through rings.
+// A warp owns tiles of 2 × 8 queries and marches down a strip. Their windows are window_rows + 1 rows of 16 keys; rows
+// of prepared keys and of values stream through rings.
 #include "strips_backward.cuh"
 
 namespace hdit {
@@ -19,7 +19,8 @@ struct QueryTile {
 
 template <int dim, class T, bool cosine>
 DEVICE void load_queries(QueryTile<dim>& tile, Totals& totals, const BackwardArgs& args, const Place& place,
-                         const Stream<dim>& stream, int y, int x, int rows_left, int table_column, float largest_value) {
+                         const Stream<dim>& stream, int y, int x, int rows_left, int table_column,
+                         float largest_value) {
   const Args& f = args.forward;
   const int t = threadIdx.x % 4, safe_x = least(x, f.width - 1);
 #pragma unroll
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
   const Place place = place_of(blockIdx.x, f);
   const int x0 = place.strip * kTileColumns * warps, y_begin = place.segment * f.rows;
   const int rows = least(f.height - y_begin, f.rows), live = f.window_rows + kStep - 1;
-  const int x = x0 + kTileColumns * warp + lane / 4, table_column = kTileColumns * warp + f.window_columns / 2 + lane / 4;
+  const int x = x0 + kTileColumns * warp + lane / 4;
+  const int table_column = kTileColumns * warp + f.window_columns / 2 + lane / 4;
   const bool active = x0 + kTileColumns * warp < f.width;
   const float factor = factor_of(f, place.head), slope = factor * kLog2E;
   // With neither dq nor the gradient of cosine_scale, only notes of the queries are wanted.
@@ -206,7 +208,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
 
 }  // namespace
 
-void strips::launch_queries(const BackwardArgs& args, const NeighborhoodAttention& a, const std::string& call, void* stream) {
+void strips::launch_queries(const BackwardArgs& args, const NeighborhoodAttention& a, const std::string& call,
+                            void* stream) {
   with_kernel_types(a, [&](auto dim, auto element, auto cosine) {
     constexpr auto kernel = queries_kernel<decltype(dim)::value, decltype(element), decltype(cosine)::value>;
     launch_blocks(call + ", queries", kernel, args, a.batch, stream);
