@@ -97,7 +97,17 @@ def test_the_last_group_of_a_stride_may_be_short(length, kernel, stride, dilatio
     check(attention((1, length, 5), 1, 8, **options), torch.float32, allowed=1.5)
 
 
-HEADS = [(1, 1, 0), (3, 2, 0), (17, 65, 3), (64, 64, 8), (100, 36, 25), (256, 64, 64), (136, 100, 17), (64, 512, 16)]
+HEADS = [
+    (1, 1, 0),
+    (3, 2, 0),
+    (20, 36, 2),
+    (17, 65, 3),
+    (64, 64, 8),
+    (100, 36, 25),
+    (256, 64, 64),
+    (136, 100, 17),
+    (64, 512, 16),
+]
 
 
 @pytest.mark.parametrize("dim, v_dim, rope", HEADS)

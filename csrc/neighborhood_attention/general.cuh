@@ -110,8 +110,15 @@ struct Plan {
   float scale;
 };
 
-// What a kernel reads instead of `plan`: with kCommon (heads of 64 features, four at a time, no additional tokens) the compiler
-// knows the sizes, and leaves out what else there could be.
+// The common case, of which float32 has kernels of its own: heads of 64 features, four at a time, no additional tokens.
+template <class T>
+constexpr bool kCommonOf = sizeof(T) == sizeof(float);
+template <class T>
+bool is_common(const Plan& plan) {
+  return kCommonOf<T> && plan.dim == kFeatures && plan.v_dim == kFeatures && plan.extra == 0 && plan.wide && !plan.alone;
+}
+
+// What a kernel reads instead of `plan`: with kCommon the compiler knows the sizes, and leaves out what else there could be.
 template <bool kCommon>
 DEVICE Plan known(Plan plan) {
   if constexpr (kCommon) {
@@ -549,7 +556,6 @@ uint32_t shared_bytes(const Plan& plan, int tiles);
 // Blocks of a launch whose blocks own tiles of queries or keys of the grid.
 unsigned blocks_of(const Plan& plan, int64_t batch);
 int64_t tiles_of_head(const Plan& plan);
-bool is_common(const Plan& plan);
 std::string describe(const char* name, const NeighborhoodAttention& args);
 
 void forward(const NeighborhoodAttention& args, void* stream);

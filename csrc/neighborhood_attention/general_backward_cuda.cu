@@ -25,7 +25,6 @@ constexpr int kTiles = 5;  // in shared memory: own heads and those of the other
 // kAhead: heads are fetched into registers before the barrier, while other warps still multiply.
 template <class T, bool kCommon, bool kAhead>
 struct Products {
-  static constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan& plan;
   const Memory& memory;
   const Block& block;
@@ -60,7 +59,7 @@ struct Products {
       Brought<T> head;
       if (kAhead) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
       core::sync_block();
-      if (kCopied) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
+      if (kCommon) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
       if (first) prepare();
       if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last, i < count);
       if (heads_chunk >= 0) {
@@ -68,7 +67,7 @@ struct Products {
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
         if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
-      if (kCopied) {
+      if (kCommon) {
         core::copy_async_wait<0>();
       } else if (values_chunk >= 0) {
         Brought<T> value;
@@ -467,7 +466,8 @@ void launch_all(const NeighborhoodAttentionBackward& g, void* workspace, void* s
   const auto run = [&](const char* name, void (*kernel)(const Call), unsigned blocks) {
     core::launch(describe(name, a), kernel, dim3(blocks), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);
   };
-  run("neighborhood_attention_backward (queries)", is_common(call.plan) ? queries_kernel<T, true> : queries_kernel<T, false>,
+  const bool common = is_common<T>(call.plan);
+  run("neighborhood_attention_backward (queries)", common ? queries_kernel<T, kCommonOf<T>> : queries_kernel<T, false>,
       blocks_of(call.plan, a.batch));
   if (g.dcosine_scale != nullptr)
     core::launch(describe("neighborhood_attention_backward (scales)", a), scales_kernel, dim3(unsigned(a.batch * a.heads)),
@@ -475,8 +475,8 @@ void launch_all(const NeighborhoodAttentionBackward& g, void* workspace, void* s
                  static_cast<float*>(g.dcosine_scale));
   if (g.dk.data != nullptr || g.dv.data != nullptr) {
     call.plan = plan_of(g, most_chunks);
-    run("neighborhood_attention_backward (keys)", is_common(call.plan) ? keys_kernel<T, false, true> : keys_kernel<T, false, false>,
-        blocks_of(call.plan, a.batch));
+    run("neighborhood_attention_backward (keys)",
+        common ? keys_kernel<T, false, kCommonOf<T>> : keys_kernel<T, false, false>, blocks_of(call.plan, a.batch));
   }
   if (!wants_extras(g)) return;
   call.plan = extras_plan(g);

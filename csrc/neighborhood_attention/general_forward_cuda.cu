@@ -74,10 +74,9 @@ DEVICE void finish(Softmax& state, const Thread& thread, const Block& block, con
   }
 }
 
-// For float32's common case registers for three blocks on an SM, as many as the shared memory of an H100 holds.
+// In the common case registers for three blocks on an SM, as many as the shared memory of an H100 holds.
 template <class T, bool kCommon>
-__global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float) ? 3 : 2) forward_kernel(const Call call) {
-  constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
+__global__ void __launch_bounds__(kThreads, kCommon ? 3 : 2) forward_kernel(const Call call) {
   const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float
       Brought<T> key;
       fetch(key, keys, tile, chunk, shown, plan.columns.length);
       core::sync_block();
-      if (kCopied) copy(memory.other_values, values, tile, block.chunk, shown, plan.columns.length);
+      if (kCommon) copy(memory.other_values, values, tile, block.chunk, shown, plan.columns.length);
       if (step == -extra_steps || plan.dim_chunks > 1) {
         Brought<T> query;
         fetch(query, queries, own, chunk, nullptr, 0);
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float
       }
       put(key, memory.other, tile, chunk, extra ? 0 : memory.other_turns, plan.angles);
       put_lengths(key, memory.other_notes, cosine, chunk == 0, last);
-      if (kCopied) {
+      if (kCommon) {
         core::copy_async_wait<0>();
       } else if (last) {
         Brought<T> value;
@@ -211,10 +210,6 @@ int64_t tiles_of_head(const Plan& plan) {
   return int64_t(plan.down) * plan.across * plan.rows.dilation * plan.columns.dilation;
 }
 
-bool is_common(const Plan& plan) {
-  return plan.dim == kFeatures && plan.v_dim == kFeatures && plan.extra == 0 && plan.wide && !plan.alone;
-}
-
 unsigned blocks_of(const Plan& plan, int64_t batch) {
   return unsigned(tiles_of_head(plan) * plan.chunks * plan.heads * batch);
 }
@@ -234,7 +229,7 @@ void forward(const NeighborhoodAttention& args, void* stream) {
   if (blocks_of(call.plan, args.batch) == 0) return;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = is_common(call.plan) ? forward_kernel<T, true> : forward_kernel<T, false>;
+    const auto kernel = is_common<T>(call.plan) ? forward_kernel<T, kCommonOf<T>> : forward_kernel<T, false>;
     core::launch(describe("neighborhood_attention_forward", args), kernel,
                  dim3(blocks_of(call.plan, args.batch)), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);
   });
