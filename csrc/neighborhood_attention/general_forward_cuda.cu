@@ -1,5 +1,6 @@
-// The forward pass of the general path: a block owns a tile of queries and walks over the additional keys and over the tiles
-// of keys that any of its queries sees, with a running maximum of the logits. The head of general.cuh tells the rest.
+// The forward pass of the general path: a block owns a tile of queries and walks over the additional keys and over the
+// tiles of keys that any of its queries sees, with a running maximum of the logits. The head of general.cuh tells the
+// rest.
 #include "general.cuh"
 
 namespace hdit {
@@ -21,7 +22,8 @@ struct Softmax {
   }
 };
 
-// Products become weights, of base-2 logits less the running maximum. everywhere: all queries see all that is not hidden.
+// Products become weights, of base-2 logits less the running maximum. everywhere: all queries see all that is not
+// hidden.
 template <class T>
 DEVICE void weigh(Softmax& state, float (&products)[4][8], const Thread& thread, const Memory& memory, const Tile& keys,
                   bool everywhere, float factor) {
@@ -140,20 +142,21 @@ __global__ void __launch_bounds__(kThreads, kCommon ? 3 : 2) forward_kernel(cons
   finish<T>(state, thread.again(), again, own_tile(plan, again), args, plan);
 }
 
-// ---- host side -------------------------------------------------------------------------------------------------------------
+// ---- host side ------------------------------------------------------------------------------------------------------
 Axis axis_of(const Window& w) { return {int(w.length), int(w.kernel), int(w.stride), int(w.dilation), w.causal}; }
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Along one axis, a walk that begins with the first key that own token 0 sees: the tiles of `other` that own tokens first … first +
-// count − 1 see, away from borders.
+// Along one axis, a walk that begins with the first key that own token 0 sees: the tiles of `other` that own tokens
+// first … first + count − 1 see, away from borders.
 int64_t met(const Axis& a, int64_t first, int64_t count, int64_t other) {
   const int64_t size = pieces(a.length, a.dilation), end = first + count + a.kernel + a.stride - 2;
   return pieces(end < size ? end : size, other) - (first < size ? first : size - 1) / other;
 }
 
-// The shapes of tiles that make the least work, the squarer ones first: a warp multiplies where one of its 16 tokens sees a tile,
-// and to bring a tile costs as much as half of all four warps' products. Turns may take 8 KiB of shared memory a tile.
+// The shapes of tiles that make the least work, the squarer ones first: a warp multiplies where one of its 16 tokens
+// sees a tile, and to bring a tile costs as much as half of all four warps' products. Turns may take 8 KiB of shared
+// memory a tile.
 void choose_tiles(Plan& plan) {
   int64_t least = INT64_MAX;
   for (const int own : {3, 2, 4, 1, 5, 0, 6})
