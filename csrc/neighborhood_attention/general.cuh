@@ -1,20 +1,23 @@
-// What the passes of attention's general path share. It serves every window, size, layout and option, in float32 arithmetic
-// for all element types, and is float32's path for the common cases too.
+// What the passes of attention's general path share. It serves every window, size, layout and option, in float32
+// arithmetic for all element types, and is float32's path for the common cases too.
 //
-// A block of 128 threads owns a tile of 64 tokens of one head and one dilation class (with dilation d, every d-th token makes
-// a grid of its own): queries or, for gradients of keys, keys. It walks over tiles of 64 tokens of the other kind, all that any
-// of its own sees or is seen by, brings each to shared memory, rotated and in float32, and multiplies. The 16 own tokens of a
-// warp skip tiles that none of them sees; what only some of them see is masked.
+// A block of 128 threads owns a tile of 64 tokens of one head and one dilation class (with dilation d, every d-th token
+// makes a grid of its own): queries or, for gradients of keys, keys. It walks over tiles of 64 tokens of the other
+// kind, all that any of its own sees or is seen by, brings each to shared memory, rotated and in float32, and
+// multiplies. The 16 own tokens of a warp skip tiles that none of them sees; what only some of them see is masked.
 //
-// A tile in shared memory is 64 rows of 64 features (a chunk of a head); longer heads are added up chunk by chunk, and results
-// of more than 64 features are made by several blocks, each of which computes the softmax for itself. A product over features
-// does not care about their order: a thread holds "pairs", four features and the four that turn with them, at 4·pair and
-// 32 + 4·pair of a row (Heads::feature). Heads are divided by their lengths after the products: a row need not be whole for them to begin.
+// A tile in shared memory is 64 rows of 64 features (a chunk of a head); longer heads are added up chunk by chunk, and
+// results of more than 64 features are made by several blocks, each of which computes the softmax for itself. A product
+// over features does not care about their order: a thread holds "pairs", four features and the four that turn with
+// them, at 4·pair and 32 + 4·pair of a row (Heads::feature). Heads are divided by their lengths after the products: a
+// row need not be whole for them to begin.
 //
-// A thread multiplies 4 own rows with 8 others (or with 8 features): per 128 multiply-adds 12 shared loads of 16 bytes. Eight
-// lanes that take turns at shared memory read one own row, or eight others whose 16-byte units the rows' numbers permute.
+// A thread multiplies 4 own rows with 8 others (or with 8 features): per 128 multiply-adds 12 shared loads of 16 bytes.
+// Eight lanes that take turns at shared memory read one own row, or eight others whose 16-byte units the rows' numbers
+// permute.
 //
-// A NaN or an infinity in k or v may reach queries that share a tile with those that see it: what is masked is multiplied by 0.
+// A NaN or an infinity in k or v may reach queries that share a tile with those that see it: what is masked is
+// multiplied by 0.
 #pragma once
 
 #include "core.cuh"
@@ -38,11 +41,12 @@ DEVICE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// ---- functions of more digits than the special function unit has, for float32 --------------------------------------------------
+// ---- functions of more digits than the special function unit has, for float32 ---------------------------------------
 // 2^x to 2e-8 and a rounding; 0 below 2^−125. The polynomial for |fraction| ≤ 1/2 is Cephes'.
 DEVICE float exp2_exact(float x) {
   const float rounder = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer, in the low bits
-  const float bounded = x < -125.0f ? -125.0f : x, shifted = bounded + rounder, fraction = bounded - (shifted - rounder);
+  const float bounded = x < -125.0f ? -125.0f : x, shifted = bounded + rounder;
+  const float fraction = bounded - (shifted - rounder);
   float p = 1.535336188319500e-4f * fraction + 1.339887440266574e-3f;
   p = p * fraction + 9.618437357674640e-3f;
   p = p * fraction + 5.550332471162809e-2f;
@@ -62,7 +66,7 @@ DEVICE float log2_exact(float x) {
   return y + (x * exp2_exact(-y) - 1.0f) * kLog2e;
 }
 
-// ---- windows along one axis of a class of `size` tokens ----------------------------------------------------------------------
+// ---- windows along one axis of a class of `size` tokens -------------------------------------------------------------
 struct Axis {
   int length, kernel, stride, dilation;
   bool causal;
@@ -95,7 +99,7 @@ struct alignas(16) Box {
   }
 };
 
-// ---- what a launch is told -----------------------------------------------------------------------------------------------------
+// ---- what a launch is told ------------------------------------------------------------------------------------------
 struct Plan {
   Axis rows, columns;
   int heads, dim, v_dim, angles, extra;
@@ -110,8 +114,17 @@ struct Plan {
   float scale;
 };
 
-// What a kernel reads instead of `plan`: with kCommon (heads of 64 features, four at a time, no additional tokens) the compiler
-// knows the sizes, and leaves out what else there could be.
+// The common case, of which float32 has kernels of its own: heads of 64 features, four at a time, no additional tokens.
+template <class T>
+constexpr bool kCommonOf = sizeof(T) == sizeof(float);
+template <class T>
+bool is_common(const Plan& plan) {
+  return kCommonOf<T> && plan.dim == kFeatures && plan.v_dim == kFeatures && plan.extra == 0 && plan.wide &&
+         !plan.alone;
+}
+
+// What a kernel reads instead of `plan`: with kCommon the compiler knows the sizes, and leaves out what else there
+// could be.
 template <bool kCommon>
 DEVICE Plan known(Plan plan) {
   if constexpr (kCommon) {
@@ -131,7 +144,7 @@ struct Call {
   float* sums;    // (segments, batch, heads, extra, dim + v_dim + 4): of the gradients of additional tokens
 };
 
-// ---- where blocks, tiles and threads are -----------------------------------------------------------------------------------
+// ---- where blocks, tiles and threads are ----------------------------------------------------------------------------
 struct Block {
   int row_class, column_class, row, column;  // of the own tile: its class, its first place
   int n_rows, n_columns;                     // of the class
@@ -154,7 +167,8 @@ struct Block {
     batch = id;
     row = tile_row * (kSlots >> plan.own_log), column = tile_column << plan.own_log;
     n_rows = plan.rows.class_size(row_class), n_columns = plan.columns.class_size(column_class);
-    tile = ((int64_t(row_class) * plan.down + tile_row) * plan.columns.dilation + column_class) * plan.across + tile_column;
+    const int64_t row_of_tiles = int64_t(row_class) * plan.down + tile_row;
+    tile = (row_of_tiles * plan.columns.dilation + column_class) * plan.across + tile_column;
     tile += (batch * plan.heads + head) * plan.rows.dilation * plan.down * plan.columns.dilation * plan.across;
   }
   DEVICE bool empty() const { return row >= n_rows || column >= n_columns; }  // classes differ in size by one
@@ -184,7 +198,8 @@ DEVICE Tile own_tile(const Plan& plan, const Block& block) {
 }
 DEVICE Tile extra_tile(const Plan& plan, int first) { return {0, first, 1, plan.extra, 6, 0, 1, 0, 1}; }
 
-// The keys that the queries of slots first … last see, the queries that see keys of these slots, the window of one query.
+// The keys that the queries of slots first … last see, the queries that see keys of these slots, the window of one
+// query.
 DEVICE Box keys_of(const Plan& plan, const Tile& tile, int first, int last) {
   const int row = tile.near_row(first), column = tile.near_column(first);
   const int last_row = tile.near_row(last), last_column = tile.near_column(last);
@@ -200,7 +215,8 @@ DEVICE Box readers_of(const Plan& plan, const Tile& tile, int first, int last) {
 }
 DEVICE Box window_of(const Plan& plan, const Tile& tile, int slot) { return keys_of(plan, tile, slot, slot); }
 
-// A thread's part of every product: own rows 16·warp + group + 4i, i < 4; others 8j + member, or the features of pair `member`.
+// A thread's part of every product: own rows 16·warp + group + 4i, i < 4; others 8j + member, or the features of pair
+// `member`.
 struct Thread {
   int warp, group, member;
   DEVICE Thread() : Thread(core::uniform(threadIdx.x / 32)) {}
@@ -233,15 +249,17 @@ struct Units {
 };
 DEVICE Units units_of(const Tile& tile, const Box& box) {
   const int first = larger(box.row_begin - tile.row, 0), last = smaller(box.row_end - tile.row, kSlots >> tile.log);
-  const bool apart = box.column_begin >= tile.column + (1 << tile.log) || box.column_end <= tile.column || first >= last;
+  const bool apart =
+      box.column_begin >= tile.column + (1 << tile.log) || box.column_end <= tile.column || first >= last;
   return apart ? Units{0, 0} : Units{(first << tile.log) >> 2, ((last << tile.log) + 3) >> 2};
 }
 
-// ---- shared memory -----------------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 struct Memory {
   uint32_t own, other, other_values, weights, own_values;  // tiles; own_values only in a backward pass
   uint32_t windows;                // a Box for each query of a tile
-  uint32_t own_notes, other_notes;  // a float4 for each slot, of which the last is 1 / length of the head, −1 if it is hidden
+  // A float4 for each slot, of which the last is 1 / length of the head, or −1 if it is hidden.
+  uint32_t own_notes, other_notes;
   uint32_t own_turns, other_turns;  // (cos, sin) of the angles of a tile's rows, then of its columns
 
   static constexpr uint32_t bytes(int tiles) { return tiles * kTileBytes + 3 * 16 * kSlots; }
@@ -259,7 +277,7 @@ inline uint32_t turns_bytes(int angles, int log) { return 8 * angles * ((kSlots 
 
 DEVICE uint32_t note_at(uint32_t notes, int slot, int i) { return notes + 16 * slot + 4 * i; }
 
-// ---- heads in global memory ----------------------------------------------------------------------------------------------------
+// ---- heads in global memory -----------------------------------------------------------------------------------------
 // One head of all tokens of a batch item, and how its features lie in pairs: `size` features of which 4r turn.
 template <class T>
 struct Heads {
@@ -271,8 +289,8 @@ struct Heads {
 
   template <class Where>  // with a batch item and a head
   DEVICE Heads(const Tokens& tokens, const Where& where, int size_, int r_, bool wide_)
-      : data(static_cast<T*>(tokens.data)), row_stride(tokens.height_stride), column_stride(tokens.width_stride), size(size_),
-        r(r_), wide(wide_) {
+      : data(static_cast<T*>(tokens.data)), row_stride(tokens.height_stride), column_stride(tokens.width_stride),
+        size(size_), r(r_), wide(wide_) {
     if (data != nullptr) data += where.batch * tokens.batch_stride + where.head * tokens.head_stride;
   }
   // One head alone.
@@ -281,8 +299,8 @@ struct Heads {
   DEVICE T* at(int y, int x) const { return data + y * row_stride + x * column_stride; }
   DEVICE int pairs(int chunk) const { return smaller((size - kFeatures * chunk + 7) / 8, 8); }
 
-  // The e-th feature of a pair's first or second four, or `size` or more where there is none. Those that turn together are 2r
-  // apart, the others half of what is left, so that neighbouring threads read neighbouring features.
+  // The e-th feature of a pair's first or second four, or `size` or more where there is none. Those that turn together
+  // are 2r apart, the others half of what is left, so that neighbouring threads read neighbouring features.
   DEVICE int feature(int pair, int half, int e) const {
     const int n = 4 * pair + e, rest = size - 4 * r, apart = wide ? (rest + 7) / 8 * 4 : (rest + 1) / 2;
     if (n < 2 * r) return n + half * 2 * r;
@@ -300,7 +318,8 @@ struct Heads {
       } else {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          if (feature(pair, half, e) < size) x[half].lane[e] = core::load_global<Element>(token + feature(pair, half, e));
+          if (feature(pair, half, e) < size)
+            x[half].lane[e] = core::load_global<Element>(token + feature(pair, half, e));
       }
     }
   }
@@ -322,14 +341,16 @@ struct Heads {
   }
 };
 
-// ---- rotations -----------------------------------------------------------------------------------------------------------------
+// ---- rotations ------------------------------------------------------------------------------------------------------
 // cos and sin of the angles of a tile's rows and columns.
-DEVICE void fill_turns(uint32_t turns, const NeighborhoodAttention& args, const Plan& plan, const Tile& tile, int head) {
+DEVICE void fill_turns(uint32_t turns, const NeighborhoodAttention& args, const Plan& plan, const Tile& tile,
+                       int head) {
   const int rows = kSlots >> tile.log, r = plan.angles;
   for (int i = threadIdx.x; i < (rows + (1 << tile.log)) * r; i += kThreads) {
     const int place = i / r, n = i - place * r;
     const bool is_row = place < rows;
-    const int at = is_row ? smaller(tile.row + place, tile.row_end - 1) : smaller(tile.column + place - rows, tile.column_end - 1);
+    const int at = is_row ? smaller(tile.row + place, tile.row_end - 1)
+                          : smaller(tile.column + place - rows, tile.column_end - 1);
     const int token = is_row ? tile.row_class + at * tile.row_dilation : tile.column_class + at * tile.column_dilation;
     const float* angles = static_cast<const float*>(is_row ? args.height_angles : args.width_angles);
     float2 turn;
@@ -353,9 +374,9 @@ DEVICE void turn(uint32_t turns, const Tile& tile, int slot, int pair, int r, fl
   }
 }
 
-// ---- tiles into shared memory ----------------------------------------------------------------------------------------------------
-// Which part of a tile a thread brings: one pair of the chunk, for four tokens, slots first + 16p. (Opaque: what is computed
-// from it would else be kept in registers from tile to tile.)
+// ---- tiles into shared memory ---------------------------------------------------------------------------------------
+// Which part of a tile a thread brings: one pair of the chunk, for four tokens, slots first + 16p. (Opaque: what is
+// computed from it would else be kept in registers from tile to tile.)
 struct Part {
   int pair, first;
   DEVICE Part() {
@@ -373,7 +394,8 @@ struct Brought {
 
 // From global memory to registers. mask: of the batch item's tokens, or null.
 template <class T>
-DEVICE void fetch(Brought<T>& brought, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask, int width) {
+DEVICE void fetch(Brought<T>& brought, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask,
+                  int width) {
   const Part part;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
@@ -390,7 +412,9 @@ DEVICE float4 four_of(const float (&x)[8], int half) {
 }
 
 // Where the first four features of a pair lie in a tile; the others lie 128 bytes on.
-DEVICE uint32_t pair_at(uint32_t tile, int slot, int pair) { return tile + slot * kRowBytes + 16 * (pair ^ (slot & 7)); }
+DEVICE uint32_t pair_at(uint32_t tile, int slot, int pair) {
+  return tile + slot * kRowBytes + 16 * (pair ^ (slot & 7));
+}
 
 // From registers to a tile; turned unless `turns` is 0.
 template <class T>
@@ -407,8 +431,8 @@ DEVICE void put(const Brought<T>& brought, uint32_t to, const Tile& tile, int ch
   }
 }
 
-// Values of 64 features in float32, for which nothing is to be computed, from global memory to a tile without registers. There
-// after copy_async_wait and a barrier.
+// Values of 64 features in float32, for which nothing is to be computed, from global memory to a tile without
+// registers. There after copy_async_wait and a barrier.
 template <class T>
 DEVICE void copy(uint32_t to, const Heads<const T>& heads, const Tile& tile, int chunk, const bool* mask, int width) {
   const Part part;
@@ -454,7 +478,7 @@ DEVICE void put_lengths(const Brought<T>& brought, uint32_t notes, bool cosine, 
   }
 }
 
-// ---- products ------------------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 DEVICE float dot(const float4& a, const float4& b) { return a.w * b.w + (a.z * b.z + (a.y * b.y + a.x * b.x)); }
 
 // sums[i][j] += ⟨own row i of the thread, other row j⟩ over `pairs` pairs
@@ -480,15 +504,16 @@ DEVICE void multiply(const Thread& thread, uint32_t own, uint32_t other, int pai
   }
 }
 
-// The weights of a warp's own rows lie in 64 columns, one for each other row; only the eight lanes of a group share them.
+// The weights of a warp's own rows lie in 64 columns, one for each other row; only the eight lanes of a group share
+// them.
 DEVICE void put_weights(const Thread& thread, uint32_t weights, const float (&values)[4][8]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int other = thread.other(j);
-      core::store_shared(weights + thread.own(i) * kRowBytes + 16 * ((other / 4) ^ (2 * thread.group)) + 4 * (other % 4),
-                         values[i][j]);
+      const uint32_t row = weights + thread.own(i) * kRowBytes;
+      core::store_shared(row + 16 * ((other / 4) ^ (2 * thread.group)) + 4 * (other % 4), values[i][j]);
     }
 }
 
@@ -542,14 +567,13 @@ DEVICE int64_t number_of(const Plan& plan, const Block& block, int y, int x) {
   return ((block.batch * plan.rows.length + y) * plan.columns.length + x) * plan.heads + block.head;
 }
 
-// ---- host side -------------------------------------------------------------------------------------------------------------
+// ---- host side ------------------------------------------------------------------------------------------------------
 // For all passes but for the number of chunks that are blocks, which differs.
 Plan plan_of(const NeighborhoodAttentionBackward& g, int (*chunks)(const Plan&));
 uint32_t shared_bytes(const Plan& plan, int tiles);
 // Blocks of a launch whose blocks own tiles of queries or keys of the grid.
 unsigned blocks_of(const Plan& plan, int64_t batch);
 int64_t tiles_of_head(const Plan& plan);
-bool is_common(const Plan& plan);
 std::string describe(const char* name, const NeighborhoodAttention& args);
 
 void forward(const NeighborhoodAttention& args, void* stream);

@@ -5,11 +5,11 @@
 //    additional keys and segments of all queries, a sum for each segment; extras_kernel adds these up.
 // 3. scales_kernel adds up the parts of cosine_scale's gradient, in double precision.
 //
-// All compute the softmax again. The weight of a key is exp2(logit − level)·norm: level is the base-2 lse, and norm, the inverse
-// of what pass 1 finds that weights without it add up to, takes back what rounding did to the lse. The gradient of a logit is
-// weight·(⟨dout, value⟩ − delta), delta = ⟨dout, out⟩ − dlse. Over a query's keys these add up to dlse but for `slip`, which is
-// what rounding (of out, above all) did to delta: delta is corrected for pass 2, and so is cosine_scale's gradient.
-// A query's notes are level, delta and norm.
+// All compute the softmax again. The weight of a key is exp2(logit − level)·norm: level is the base-2 lse, and norm,
+// the inverse of what pass 1 finds that weights without it add up to, takes back what rounding did to the lse. The
+// gradient of a logit is weight·(⟨dout, value⟩ − delta), delta = ⟨dout, out⟩ − dlse. Over a query's keys these add up
+// to dlse but for `slip`, which is what rounding (of out, above all) did to delta: delta is corrected for pass 2, and
+// so is cosine_scale's gradient. A query's notes are level, delta and norm.
 #include "general.cuh"
 
 namespace hdit {
@@ -18,14 +18,13 @@ namespace {
 
 constexpr int kTiles = 5;  // in shared memory: own heads and those of the others, values and dout, weights
 
-// ---- what the passes share -------------------------------------------------------------------------------------------------
-// Both products of a tile of queries with one of keys, all chunks: ⟨query, key⟩ and ⟨dout, value⟩. Begins with a barrier, and
-// ends with the chunks in shared memory that belong to the gradients of this block. Every block, whichever of these it makes,
-// adds the chunks up in one order: weights of both passes must be the same to the bit for norm to be theirs.
-// kAhead: heads are fetched into registers before the barrier, while other warps still multiply.
+// ---- what the passes share ------------------------------------------------------------------------------------------
+// Both products of a tile of queries with one of keys, all chunks: ⟨query, key⟩ and ⟨dout, value⟩. Begins with a
+// barrier, and ends with the chunks in shared memory that belong to the gradients of this block. Every block, whichever
+// of these it makes, adds the chunks up in one order: weights of both passes must be the same to the bit for norm to be
+// theirs. kAhead: heads are fetched into registers before the barrier, while other warps still multiply.
 template <class T, bool kCommon, bool kAhead>
 struct Products {
-  static constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
   const Plan& plan;
   const Memory& memory;
   const Block& block;
@@ -37,21 +36,23 @@ struct Products {
   DEVICE void bring_own(int heads_chunk, int values_chunk, bool first, bool last, bool lengths) const {
     Brought<T> brought;
     if (heads_chunk >= 0) {
-      fetch(brought, Heads<const T>(own_heads, block, plan.dim, plan.angles, plan.wide), own, heads_chunk, own_mask, plan.columns.length);
+      const Heads<const T> heads(own_heads, block, plan.dim, plan.angles, plan.wide);
+      fetch(brought, heads, own, heads_chunk, own_mask, plan.columns.length);
       put(brought, memory.own, own, heads_chunk, own_turned ? memory.own_turns : 0, plan.angles);
       if (lengths) put_lengths(brought, memory.own_notes, cosine, first, last);
     }
     if (values_chunk >= 0) {
-      fetch(brought, Heads<const T>(own_values, block, plan.v_dim, 0, plan.wide), own, values_chunk, own_mask, plan.columns.length);
+      const Heads<const T> values(own_values, block, plan.v_dim, 0, plan.wide);
+      fetch(brought, values, own, values_chunk, own_mask, plan.columns.length);
       put(brought, memory.own_values, own, values_chunk, 0, 0);
     }
   }
 
   // prepare(): what else has to be in shared memory before the products are used; it may write after the first barrier.
   template <class Prepare>
-  DEVICE void operator()(const Thread& thread, const Heads<const T>& heads, const Heads<const T>& values, const Tile& tile, const bool* mask,
-                         bool turned, bool begin, bool needed, float (&products)[4][8], float (&changes)[4][8],
-                         const Prepare& prepare) const {
+  DEVICE void operator()(const Thread& thread, const Heads<const T>& heads, const Heads<const T>& values,
+                         const Tile& tile, const bool* mask, bool turned, bool begin, bool needed,
+                         float (&products)[4][8], float (&changes)[4][8], const Prepare& prepare) const {
     const int count = larger(plan.dim_chunks, plan.v_chunks);
     for (int i = 0; i < count + (count > 1); ++i) {
       const int chunk = i < count ? i : block.chunk;
@@ -60,7 +61,7 @@ struct Products {
       Brought<T> head;
       if (kAhead) fetch(head, heads, tile, heads_chunk, mask, plan.columns.length);
       core::sync_block();
-      if (kCopied) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
+      if (kCommon) copy(memory.other_values, values, tile, values_chunk, mask, plan.columns.length);
       if (first) prepare();
       if (begin || count > 1) bring_own(heads_chunk, values_chunk, first, last, i < count);
       if (heads_chunk >= 0) {
@@ -68,7 +69,7 @@ struct Products {
         put(head, memory.other, tile, heads_chunk, turned ? memory.other_turns : 0, plan.angles);
         if (i < count) put_lengths(head, memory.other_notes, cosine, first, last);
       }
-      if (kCopied) {
+      if (kCommon) {
         core::copy_async_wait<0>();
       } else if (values_chunk >= 0) {
         Brought<T> value;
@@ -78,18 +79,18 @@ struct Products {
       core::sync_block();
       if (!needed || i == count) continue;
       if (heads_chunk >= 0) multiply(thread, memory.own, memory.other, heads.pairs(heads_chunk), products);
-      if (values_chunk >= 0 && !plan.alone && heads_have(values))
+      if (values_chunk >= 0 && !plan.alone && values.data != nullptr && own_values.data != nullptr)
         multiply(thread, memory.own_values, memory.other_values, values.pairs(values_chunk), changes);
     }
   }
-  DEVICE bool heads_have(const Heads<const T>& values) const { return values.data != nullptr && own_values.data != nullptr; }
 };
 
-// The gradient of an own head from `gradient`, the thread's pair of that of the prepared one. x̂ = x·n, n = rsqrt(Σx² + ε), has
-// dx = n·(g − x̂·along), along = ⟨x̂, g⟩; rotations keep products, so that is taken before turning back.
+// The gradient of an own head from `gradient`, the thread's pair of that of the prepared one. x̂ = x·n, n = rsqrt(Σx² +
+// ε), has dx = n·(g − x̂·along), along = ⟨x̂, g⟩; rotations keep products, so that is taken before turning back.
 template <class T>
 DEVICE void write_gradient(const Heads<T>& result, const Thread& thread, const Memory& memory, const Block& block,
-                           const Tile& own, int i, bool cosine, bool turned, float along, float factor, float (&gradient)[8]) {
+                           const Tile& own, int i, bool cosine, bool turned, float along, float factor,
+                           float (&gradient)[8]) {
   const int slot = thread.own(i);
   if (cosine) {
     const float length = core::load_shared<float>(note_at(memory.own_notes, slot, 3));
@@ -107,7 +108,7 @@ DEVICE void write_gradient(const Heads<T>& result, const Thread& thread, const M
   result.write(result.at(own.y_of(slot), own.x_of(slot)), pair, gradient);
 }
 
-// ---- over queries ----------------------------------------------------------------------------------------------------------
+// ---- over queries ---------------------------------------------------------------------------------------------------
 // level, delta and dlse of the own queries into their notes.
 template <class T>
 DEVICE void put_outputs(const Call& call, const Block& block, const Tile& own, const Memory& memory) {
@@ -125,10 +126,12 @@ DEVICE void put_outputs(const Call& call, const Block& block, const Tile& own, c
     float delta = 0.0f;
     if (douts.data != nullptr && !plan.alone)
       for (int f = part.pair; f < plan.v_dim; f += 8)
-        delta += core::to_float(core::load_global<T>(out + f)) * core::to_float(core::load_global<T>(douts.at(y, x) + f));
+        delta += core::to_float(core::load_global<T>(out + f)) *
+                 core::to_float(core::load_global<T>(douts.at(y, x) + f));
     delta = sum_of_group(delta);
     if (part.pair != 0) continue;
-    const float change = g.dlse == nullptr ? 0.0f : core::load_global<float>(static_cast<const float*>(g.dlse) + number);
+    const float* const dlses = static_cast<const float*>(g.dlse);
+    const float change = dlses == nullptr ? 0.0f : core::load_global<float>(dlses + number);
     const float lse = core::load_global<float>(static_cast<const float*>(g.forward.lse) + number);
     const float level = lse == -INFINITY ? 0.0f : lse * kLog2e;  // without any key: anything finite
     core::store_shared(note_at(memory.own_notes, slot, 0), level);
@@ -137,16 +140,17 @@ DEVICE void put_outputs(const Call& call, const Block& block, const Tile& own, c
   }
 }
 
-// Sums over the keys of a thread's four queries, this lane's: of weights, of weight·cosine, of logits' gradients and of these
-// times the cosine.
+// Sums over the keys of a thread's four queries, this lane's: of weights, of weight·cosine, of logits' gradients and of
+// these times the cosine.
 struct Moments {
   float total[4] = {}, mean[4] = {}, slip[4] = {}, along[4] = {};
 };
 
 // Products become the gradients of logits over the keys' lengths.
 template <class T>
-DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8], Moments& moments, const Thread& thread,
-                           const Memory& memory, const Tile& keys, bool everywhere, float factor) {
+DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8], Moments& moments,
+                           const Thread& thread, const Memory& memory, const Tile& keys, bool everywhere,
+                           float factor) {
   float lengths[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) lengths[j] = core::load_shared<float>(note_at(memory.other_notes, thread.other(j), 3));
@@ -170,15 +174,16 @@ DEVICE void change_queries(float (&products)[4][8], const float (&changes)[4][8]
   }
 }
 
-// A block's part of cosine_scale's gradient from the threads' parts, in a fixed order. (Terms of both signs: in float32 their
-// sum would lose more than they have lost themselves.)
+// A block's part of cosine_scale's gradient from the threads' parts, in a fixed order. (Terms of both signs: in float32
+// their sum would lose more than they have lost themselves.)
 DEVICE void write_part(double part, const Memory& memory, double* to) {
   const int thread = threadIdx.x;
   core::sync_block();  // nobody reads the weights any more
   core::store_shared(memory.weights + 8 * thread, part);
   core::sync_block();
   double sum = 0.0;
-  for (int i = 0; thread < 8 && i < kThreads / 8; ++i) sum += core::load_shared<double>(memory.weights + 8 * (thread + 8 * i));
+  for (int i = 0; thread < 8 && i < kThreads / 8; ++i)
+    sum += core::load_shared<double>(memory.weights + 8 * (thread + 8 * i));
   core::sync_block();
   if (thread < 8) core::store_shared(memory.weights + 8 * thread, sum);
   core::sync_block();
@@ -202,7 +207,8 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const bool* const mask = mask_of(args, plan, block.batch);
   const float factor = factor_of(args, plan, block.head);
-  const Products<T, kCommon, kCommon> multiply_tiles = {plan, memory, block, own, args.q, call.g.dout, nullptr, cosine, true};
+  const Products<T, kCommon, kCommon> multiply_tiles = {plan,   memory,      block,   own,    args.q,
+                                                        call.g.dout, nullptr, cosine, true};
 
   if (threadIdx.x < kSlots) core::store_shared(memory.windows + 16 * threadIdx.x, window_of(plan, own, threadIdx.x));
   fill_turns(memory.own_turns, args, plan, own, block.head);
@@ -222,8 +228,8 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
     if (!extra) fill_turns(memory.other_turns, args, plan, tile, block.head);
     float products[4][8] = {}, changes[4][8] = {};
     const Thread here = thread.again();
-    multiply_tiles(here, keys, values, tile, extra ? nullptr : mask, !extra, step == -extra_steps, units.any(), products, changes,
-                   [] {});
+    multiply_tiles(here, keys, values, tile, extra ? nullptr : mask, !extra, step == -extra_steps, units.any(),
+                   products, changes, [] {});
     if (!units.any()) continue;
     change_queries<T>(products, changes, moments, here, memory, tile, extra, factor * kLog2e);
     put_weights(here, memory.weights, products);
@@ -256,9 +262,9 @@ __global__ void __launch_bounds__(kThreads, 2) queries_kernel(const Call call) {
   if (again.chunk == 0) write_part(part * plan.scale, memory, call.parts + again.tile);
 }
 
-// ---- over keys -------------------------------------------------------------------------------------------------------------
-// Products become weights, and `changes` the gradients of logits over the queries' lengths. along: of the thread's keys, this
-// lane's sum of these gradients times the cosine.
+// ---- over keys ------------------------------------------------------------------------------------------------------
+// Products become weights, and `changes` the gradients of logits over the queries' lengths. along: of the thread's
+// keys, this lane's sum of these gradients times the cosine.
 template <class T>
 DEVICE void change_keys(float (&products)[4][8], float (&changes)[4][8], float (&along)[4], const Thread& thread,
                         const Memory& memory, const Tile& own, bool everywhere, float factor) {
@@ -375,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, 2) keys_kernel(const Call call) {
   }
 }
 
-// ---- sums ------------------------------------------------------------------------------------------------------------------
+// ---- sums -----------------------------------------------------------------------------------------------------------
 // The gradients of one additional token from the segments' sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
@@ -391,7 +397,8 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   const float* const sums = call.sums + ((where.batch * plan.heads + where.head) * plan.extra + token) * width;
   const auto sum_at = [&](int f) {
     float sum = 0.0f;
-    for (int segment = 0; segment < plan.segments; ++segment) sum += core::load_global<float>(sums + segment * between + f);
+    for (int segment = 0; segment < plan.segments; ++segment)
+      sum += core::load_global<float>(sums + segment * between + f);
     return sum;
   };
   const Heads<const T> keys(args.extra_k, where, plan.dim, 0, false);
@@ -404,7 +411,8 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
   const bool cosine = args.cosine_scale != nullptr;
   const auto feature = [&](int f) { return core::to_float(core::load_global<T>(keys.at(0, token) + f)); };
   for (int f = 0; cosine && f < plan.dim; ++f) squares += feature(f) * feature(f);
-  const float length = cosine ? core::inverse_root(squares + kEpsilon) : 1.0f, along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
+  const float length = cosine ? core::inverse_root(squares + kEpsilon) : 1.0f;
+  const float along = cosine ? sum_at(plan.dim + plan.v_dim) : 0.0f;
   const float factor = factor_of(args, plan, where.head);
   for (int f = threadIdx.x; f < plan.dim; f += kThreads) {
     const float gradient = (sum_at(f) - feature(f) * length * along) * length * factor;
@@ -415,7 +423,8 @@ __global__ void __launch_bounds__(kThreads) extras_kernel(const Call call) {
 __global__ void __launch_bounds__(kThreads) scales_kernel(const double* parts, int64_t count, float* sums) {
   const uint32_t shared = core::dynamic_shared();
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += core::load_global<double>(parts + blockIdx.x * count + i);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads)
+    sum += core::load_global<double>(parts + blockIdx.x * count + i);
   core::store_shared(shared + 8 * threadIdx.x, sum);
   core::sync_block();
   if (threadIdx.x != 0) return;
@@ -423,18 +432,19 @@ __global__ void __launch_bounds__(kThreads) scales_kernel(const double* parts, i
   core::store_global(sums + blockIdx.x, float(sum));
 }
 
-// ---- host side -------------------------------------------------------------------------------------------------------------
+// ---- host side ------------------------------------------------------------------------------------------------------
 int dim_chunks(const Plan& plan) { return plan.dim_chunks; }
 int most_chunks(const Plan& plan) { return plan.dim_chunks > plan.v_chunks ? plan.dim_chunks : plan.v_chunks; }
 
-// Own tiles are 64 additional tokens, and for each of these there is a block for each segment of the queries: enough blocks for
-// a device, and no more, since each writes its sums.
+// Own tiles are 64 additional tokens, and for each of these there is a block for each segment of the queries: enough
+// blocks for a device, and no more, since each writes its sums.
 Plan extras_plan(const NeighborhoodAttentionBackward& g) {
   constexpr int64_t kBlocks = 512;
   Plan plan = plan_of(g, most_chunks);
   plan.rows.dilation = plan.columns.dilation = 1;
   plan.own_log = 6, plan.across = (plan.extra + kSlots - 1) / kSlots;
-  const int64_t tiles = ceil_div(plan.rows.length, kSlots >> plan.other_log) * ceil_div(plan.columns.length, 1 << plan.other_log);
+  const int64_t tiles =
+      ceil_div(plan.rows.length, kSlots >> plan.other_log) * ceil_div(plan.columns.length, 1 << plan.other_log);
   const int64_t others = int64_t(plan.across) * plan.chunks * plan.heads * g.forward.batch;
   const int64_t wanted = others == 0 ? 1 : ceil_div(kBlocks, others);
   plan.per_segment = int(ceil_div(tiles, wanted < tiles ? wanted : tiles));
@@ -465,18 +475,20 @@ void launch_all(const NeighborhoodAttentionBackward& g, void* workspace, void* s
   Call call = {g, plan_of(g, dim_chunks), reinterpret_cast<float4*>(at), reinterpret_cast<double*>(at + sizes.notes),
                reinterpret_cast<float*>(at + sizes.notes + sizes.parts)};
   const auto run = [&](const char* name, void (*kernel)(const Call), unsigned blocks) {
-    core::launch(describe(name, a), kernel, dim3(blocks), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);
+    core::launch(describe(name, a), kernel, dim3(blocks), dim3(kThreads), shared_bytes(call.plan, kTiles), stream,
+                 call);
   };
-  run("neighborhood_attention_backward (queries)", is_common(call.plan) ? queries_kernel<T, true> : queries_kernel<T, false>,
+  const bool common = is_common<T>(call.plan);
+  run("neighborhood_attention_backward (queries)", common ? queries_kernel<T, kCommonOf<T>> : queries_kernel<T, false>,
       blocks_of(call.plan, a.batch));
   if (g.dcosine_scale != nullptr)
-    core::launch(describe("neighborhood_attention_backward (scales)", a), scales_kernel, dim3(unsigned(a.batch * a.heads)),
-                 dim3(kThreads), 8 * kThreads, stream, call.parts, tiles_of_head(call.plan),
-                 static_cast<float*>(g.dcosine_scale));
+    core::launch(describe("neighborhood_attention_backward (scales)", a), scales_kernel,
+                 dim3(unsigned(a.batch * a.heads)), dim3(kThreads), 8 * kThreads, stream, call.parts,
+                 tiles_of_head(call.plan), static_cast<float*>(g.dcosine_scale));
   if (g.dk.data != nullptr || g.dv.data != nullptr) {
     call.plan = plan_of(g, most_chunks);
-    run("neighborhood_attention_backward (keys)", is_common(call.plan) ? keys_kernel<T, false, true> : keys_kernel<T, false, false>,
-        blocks_of(call.plan, a.batch));
+    run("neighborhood_attention_backward (keys)",
+        common ? keys_kernel<T, false, kCommonOf<T>> : keys_kernel<T, false, false>, blocks_of(call.plan, a.batch));
   }
   if (!wants_extras(g)) return;
   call.plan = extras_plan(g);
@@ -500,7 +512,7 @@ void backward(const NeighborhoodAttentionBackward& g, void* workspace, void* str
 
 }  // namespace general
 
-// ---- the entry points --------------------------------------------------------------------------------------------------------
+// ---- the entry points -----------------------------------------------------------------------------------------------
 void neighborhood_attention_forward_cuda(const NeighborhoodAttention& args, int device, void* stream) {
   const DeviceGuard guard(device, general::describe("neighborhood_attention_forward", args));
   if (!neighborhood_attention_strips_forward_cuda(args, stream)) general::forward(args, stream);

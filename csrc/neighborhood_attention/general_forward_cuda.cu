@@ -1,5 +1,6 @@
-// The forward pass of the general path: a block owns a tile of queries and walks over the additional keys and over the tiles
-// of keys that any of its queries sees, with a running maximum of the logits. The head of general.cuh tells the rest.
+// The forward pass of the general path: a block owns a tile of queries and walks over the additional keys and over the
+// tiles of keys that any of its queries sees, with a running maximum of the logits. The head of general.cuh tells the
+// rest.
 #include "general.cuh"
 
 namespace hdit {
@@ -21,7 +22,8 @@ struct Softmax {
   }
 };
 
-// Products become weights, of base-2 logits less the running maximum. everywhere: all queries see all that is not hidden.
+// Products become weights, of base-2 logits less the running maximum. everywhere: all queries see all that is not
+// hidden.
 template <class T>
 DEVICE void weigh(Softmax& state, float (&products)[4][8], const Thread& thread, const Memory& memory, const Tile& keys,
                   bool everywhere, float factor) {
@@ -74,10 +76,9 @@ DEVICE void finish(Softmax& state, const Thread& thread, const Block& block, con
   }
 }
 
-// For float32's common case registers for three blocks on an SM, as many as the shared memory of an H100 holds.
+// In the common case registers for three blocks on an SM, as many as the shared memory of an H100 holds.
 template <class T, bool kCommon>
-__global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float) ? 3 : 2) forward_kernel(const Call call) {
-  constexpr bool kCopied = kCommon && sizeof(T) == sizeof(float);
+__global__ void __launch_bounds__(kThreads, kCommon ? 3 : 2) forward_kernel(const Call call) {
   const Plan plan = known<kCommon>(call.plan);
   const NeighborhoodAttention& args = call.g.forward;
   const Block block(plan);
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float
       Brought<T> key;
       fetch(key, keys, tile, chunk, shown, plan.columns.length);
       core::sync_block();
-      if (kCopied) copy(memory.other_values, values, tile, block.chunk, shown, plan.columns.length);
+      if (kCommon) copy(memory.other_values, values, tile, block.chunk, shown, plan.columns.length);
       if (step == -extra_steps || plan.dim_chunks > 1) {
         Brought<T> query;
         fetch(query, queries, own, chunk, nullptr, 0);
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float
       }
       put(key, memory.other, tile, chunk, extra ? 0 : memory.other_turns, plan.angles);
       put_lengths(key, memory.other_notes, cosine, chunk == 0, last);
-      if (kCopied) {
+      if (kCommon) {
         core::copy_async_wait<0>();
       } else if (last) {
         Brought<T> value;
@@ -141,20 +142,21 @@ __global__ void __launch_bounds__(kThreads, kCommon && sizeof(T) == sizeof(float
   finish<T>(state, thread.again(), again, own_tile(plan, again), args, plan);
 }
 
-// ---- host side -------------------------------------------------------------------------------------------------------------
+// ---- host side ------------------------------------------------------------------------------------------------------
 Axis axis_of(const Window& w) { return {int(w.length), int(w.kernel), int(w.stride), int(w.dilation), w.causal}; }
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Along one axis, a walk that begins with the first key that own token 0 sees: the tiles of `other` that own tokens first … first +
-// count − 1 see, away from borders.
+// Along one axis, a walk that begins with the first key that own token 0 sees: the tiles of `other` that own tokens
+// first … first + count − 1 see, away from borders.
 int64_t met(const Axis& a, int64_t first, int64_t count, int64_t other) {
   const int64_t size = pieces(a.length, a.dilation), end = first + count + a.kernel + a.stride - 2;
   return pieces(end < size ? end : size, other) - (first < size ? first : size - 1) / other;
 }
 
-// The shapes of tiles that make the least work, the squarer ones first: a warp multiplies where one of its 16 tokens sees a tile,
-// and to bring a tile costs as much as half of all four warps' products. Turns may take 8 KiB of shared memory a tile.
+// The shapes of tiles that make the least work, the squarer ones first: a warp multiplies where one of its 16 tokens
+// sees a tile, and to bring a tile costs as much as half of all four warps' products. Turns may take 8 KiB of shared
+// memory a tile.
 void choose_tiles(Plan& plan) {
   int64_t least = INT64_MAX;
   for (const int own : {3, 2, 4, 1, 5, 0, 6})
@@ -211,10 +213,6 @@ int64_t tiles_of_head(const Plan& plan) {
   return int64_t(plan.down) * plan.across * plan.rows.dilation * plan.columns.dilation;
 }
 
-bool is_common(const Plan& plan) {
-  return plan.dim == kFeatures && plan.v_dim == kFeatures && plan.extra == 0 && plan.wide && !plan.alone;
-}
-
 unsigned blocks_of(const Plan& plan, int64_t batch) {
   return unsigned(tiles_of_head(plan) * plan.chunks * plan.heads * batch);
 }
@@ -234,7 +232,7 @@ void forward(const NeighborhoodAttention& args, void* stream) {
   if (blocks_of(call.plan, args.batch) == 0) return;
   with_element_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = is_common(call.plan) ? forward_kernel<T, true> : forward_kernel<T, false>;
+    const auto kernel = is_common<T>(call.plan) ? forward_kernel<T, kCommonOf<T>> : forward_kernel<T, false>;
     core::launch(describe("neighborhood_attention_forward", args), kernel,
                  dim3(blocks_of(call.plan, args.batch)), dim3(kThreads), shared_bytes(call.plan, kTiles), stream, call);
   });
