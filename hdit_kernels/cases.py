@@ -170,6 +170,8 @@ TESTED: tuple[Case, ...] = (
                    is_causal=(True, False), scale=0.3),
     attention_case("extra keys", (2, 8, 7), kernel_size=5, extra=3, **FULL),
     attention_case("masked", (2, 9, 8), kernel_size=3, mask=True, **FULL),
+    attention_case("causal, short last group of a stride", (1, 10, 6), kernel_size=(8, 3), stride=(8, 1),
+                   is_causal=(True, False)),
     attention_case("masked, extra keys, causal", (1, 8, 8), kernel_size=3, mask=True, extra=2, is_causal=(False, True)),
     attention_case("other value size, odd sizes", (1, 7, 8), 3, 5, v_dim=9, kernel_size=5, cosine=True, rope=1),
     attention_case("heads first", (2, 7, 8), 3, 8, layout="heads first", kernel_size=3),

@@ -340,10 +340,10 @@ def first_reader(key, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.
 def last_reader(key, n, WINDOW: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """The last one."""
     if CAUSAL:
-        return tl.minimum((key + WINDOW - STRIDE) // STRIDE * STRIDE + STRIDE - 1, n - 1)
+        last = (key + WINDOW - STRIDE) // STRIDE * STRIDE + STRIDE - 1
     else:
         last = (key + WINDOW // 2 - STRIDE // 2 + STRIDE) // STRIDE * STRIDE - 1
-        return tl.where(key >= n - WINDOW, n - 1, tl.minimum(last, n - 1))
+    return tl.where(key >= n - WINDOW, n - 1, tl.minimum(last, n - 1))  # the last group of a stride may be short
 
 
 @triton.jit
