@@ -41,7 +41,7 @@ COLUMNS = ("what", "case", "dtype", "direction", "kernel", "blocks", "threads", 
 TOLERATED = 1.05  # × the committed prediction
 # × floor of the flagship in bfloat16, by its slowest pipe
 FLAGSHIP = "neighborhood_attention_qkvpacked[8x256x256x2x64 k7]"
-LIMITS = {"forward": 1.0, "forward+backward": 1.45}
+LIMITS = {"forward": 1.01, "forward+backward": 1.45}  # lse and angles are not in the floor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -203,6 +203,18 @@ CLASSES = {
 # ---- the prediction -------------------------------------------------------------------------------------------------
 
 
+def beyond_first_level(launch: dict, times: int) -> float:
+    """Sectors asked of the second-level cache. What one line reads again and again and is small, say the scales of a
+    norm, each processor fetches once."""
+    total = 0.0
+    for _, kind, line in launch["lines"]:
+        if kind == "global_write" or line["sectors"] * 32 > sass.FIRST_LEVEL:
+            total += line["units"]
+        elif kind == "global_read":
+            total += min(line["units"], sass.PROCESSORS * line["sectors"] / times)
+    return total
+
+
 def predict(launch: dict, times: int) -> dict:
     """A row of the table: `times` the work of a counted launch."""
     kernel = symbols()[launch["kernel"]]
@@ -214,7 +226,7 @@ def predict(launch: dict, times: int) -> dict:
     issued, misfit = issue_slots(kernel, launch)
     seconds = {
         "dram": (counts["sectors_read"] + counts["sectors_written"]) * 32 / sass.DRAM,
-        "l2": (units["global_read"] + units["global_write"]) * 32 / sass.L2,
+        "l2": beyond_first_level(launch, times) * 32 / sass.L2,
         "shared": shared / processor,
         "mma": counts["mma_fma"] / sass.MMA / processor,
         "mufu": counts["special"] / 16 / processor,

@@ -153,9 +153,10 @@ __global__ void __launch_bounds__(kBlock, kPacks == 2 ? 2 : 1)
       const int64_t column = int64_t(lane + k * width) * N;
       if (column >= n) continue;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (rows_in_block == 1) core::store_global(sums + unit * n + column + i, dscale[k][i]);
-        else core::store_shared(slots + (slot * pitch + column + i) * 4, dscale[k][i]);
+      for (int i = 0; i < N; i += 4) {
+        const float4 four = {dscale[k][i], dscale[k][i + 1], dscale[k][i + 2], dscale[k][i + 3]};
+        if (rows_in_block == 1) core::store_global(sums + unit * n + column + i, four);
+        else core::store_shared(slots + (slot * pitch + column + i) * 4, four);
       }
     }
     if (rows_in_block == 1) continue;

@@ -100,7 +100,8 @@ py::list take_launches() {
     for (const auto& [key, line] : c.lines)
       lines.append(py::make_tuple(key.first, kKindNames[key.second],
                                   Counted{{"requests", line.requests}, {"lanes", line.lanes}, {"bytes", line.bytes},
-                                          {"units", line.units}, {"ideal", line.ideal}}));
+                                          {"units", line.units}, {"ideal", line.ideal},
+                                          {"sectors", line.sectors.size()}}));
     py::dict entry;
     entry["call"] = launch.call;
     entry["kernel"] = launch.kernel;
@@ -108,7 +109,8 @@ py::list take_launches() {
     entry["shared_bytes"] = launch.shared_bytes;
     entry["counts"] = Counted{{"blocks", c.blocks}, {"barriers", c.barriers}, {"mma", c.mma}, {"mma_fma", c.mma_fma},
                               {"ldmatrix", c.ldmatrix}, {"shuffles", c.shuffles}, {"special", c.special},
-                              {"sectors_read", c.sectors_read.size()}, {"sectors_written", c.sectors_written.size()}};
+                              {"sectors_read", sectors_once(c, emulation::global_read)},
+                              {"sectors_written", sectors_once(c, emulation::global_write)}};
     entry["lines"] = lines;
     result.append(entry);
   }

@@ -9,7 +9,7 @@ namespace {
 constexpr float kEps = 1e-6f;  // in the lengths of q and k, as in the reference
 
 // A head in units of two chunks of N features: features u·N … and their partners 2·angles further on, and after these the
-// features that are not rotated, two chunks at a time. `N` divides 2·angles and dim.
+// features that are not rotated, a chunk of their first half and one of their second. `N` divides 2·angles and dim.
 template <int N>
 struct Unit {
   int64_t first, second;  // where the chunks begin
@@ -20,8 +20,9 @@ template <int N>
 DEVICE Unit<N> unit_at(int64_t u, int64_t angles, int64_t dim) {
   const int64_t pairs = 2 * angles / N;
   if (u < pairs) return {u * N, u * N + 2 * angles, true, true};
-  const int64_t first = 4 * angles + 2 * (u - pairs) * N;
-  return {first, first + N, false, first + N < dim};
+  const int64_t rest = (dim - 4 * angles) / N, half = (rest + 1) / 2;  // chunks; neighbouring lanes have neighbouring ones
+  const int64_t first = 4 * angles + (u - pairs) * N;
+  return {first, first + half * N, false, u - pairs + half < rest};
 }
 
 // Feature values of a unit, or cosines and sines of its angles.

@@ -97,12 +97,12 @@ enum Kind : int { shared_read, shared_write, global_read, global_write, kKinds }
 struct LineCounts {
   uint64_t requests = 0, lanes = 0, bytes = 0;
   uint64_t units = 0, ideal = 0;  // wavefronts of shared memory or sectors of 32 bytes: as accessed, and at the least
+  std::unordered_set<uintptr_t> sectors;  // of global memory, each once
 };
 
 struct Counts {
   uint64_t blocks = 0, barriers = 0, mma = 0, mma_fma = 0, ldmatrix = 0, shuffles = 0, special = 0;
   std::map<std::pair<std::string, int>, LineCounts> lines;      // (place, Kind)
-  std::unordered_set<uintptr_t> sectors_read, sectors_written;  // each once
 
   void add(const Counts& other) {
     blocks += other.blocks, barriers += other.barriers, mma += other.mma, mma_fma += other.mma_fma;
@@ -111,11 +111,18 @@ struct Counts {
       LineCounts& mine = lines[key];
       mine.requests += more.requests, mine.lanes += more.lanes, mine.bytes += more.bytes;
       mine.units += more.units, mine.ideal += more.ideal;
+      mine.sectors.insert(more.sectors.begin(), more.sectors.end());
     }
-    sectors_read.insert(other.sectors_read.begin(), other.sectors_read.end());
-    sectors_written.insert(other.sectors_written.begin(), other.sectors_written.end());
   }
 };
+
+// Sectors of global memory that were read, or written, each once.
+inline size_t sectors_once(const Counts& counts, Kind kind) {
+  std::unordered_set<uintptr_t> once;
+  for (const auto& [key, line] : counts.lines)
+    if (key.second == kind) once.insert(line.sectors.begin(), line.sectors.end());
+  return once.size();
+}
 
 struct Launch {
   std::string call;
@@ -415,13 +422,12 @@ inline void close_request(Block& block, const Site& site, const Request& request
     counts.units += wavefronts(request, false), counts.ideal += wavefronts(request, true);
     return;
   }
-  auto& once = site.kind == global_read ? block.counts.sectors_read : block.counts.sectors_written;
   uintptr_t sectors[32];
   int n = 0;
   for (int lane = 0; lane < 32; ++lane)
     if (request.mask >> lane & 1) sectors[n++] = request.address[lane] / 32;
   n = distinct(sectors, n);
-  once.insert(sectors, sectors + n);
+  counts.sectors.insert(sectors, sectors + n);
   counts.units += n, counts.ideal += (uint64_t(lanes) * request.bytes + 31) / 32;
 }
 

@@ -217,7 +217,7 @@ const char* count_strides(int words, const float* x, float* y, int64_t* units) {
   emulation::settings.count = false;
   if (error) return error;
   for (const auto& [key, line] : emulation::launches[0].counts.lines) units[key.second] = line.units;
-  units[4] = emulation::launches[0].counts.sectors_read.size();
+  units[4] = sectors_once(emulation::launches[0].counts, emulation::global_read);
   return nullptr;
 }
 }
