@@ -15,7 +15,12 @@
 #if defined(HDIT_EMULATION)
 #include "emulated_primitives.h"
 #define DEVICE inline
+// A function that calls primitives for others: counts and errors name the line that called it.
+#define CALLED_FROM , core::Place place = core::Place::here()
+#define FROM_CALLER , place
 #else
+#define CALLED_FROM
+#define FROM_CALLER
 #include <cuda_runtime.h>
 #define DEVICE __device__ __forceinline__
 
@@ -250,13 +255,13 @@ struct Sixteenths {  // as accesses of at most 16 bytes
 };
 
 template <int N, class T>
-DEVICE Pack<T, N> load(const T* p) {
+DEVICE Pack<T, N> load(const T* p CALLED_FROM) {
   using Parts = Sixteenths<T, N>;
   Pack<T, N> result;
 #pragma unroll
   for (int i = 0; i < Parts::kAccesses; ++i) {
     constexpr int kEach = N / Parts::kAccesses;
-    const auto part = core::load_global<Pack<T, kEach>>(p + i * kEach);
+    const auto part = core::load_global<Pack<T, kEach>>(p + i * kEach FROM_CALLER);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) result.lane[i * kEach + j] = part.lane[j];
   }
@@ -264,9 +269,9 @@ DEVICE Pack<T, N> load(const T* p) {
 }
 
 template <int N, class T>
-DEVICE void store(T* p, const Pack<T, N>& v) {
+DEVICE void store(T* p, const Pack<T, N>& v CALLED_FROM) {
   static_assert(sizeof(v) <= 16);
-  core::store_global(p, v);
+  core::store_global(p, v FROM_CALLER);
 }
 
 // Elements of one 16-byte access.

@@ -41,7 +41,7 @@ def report() -> str:
     lines += ["", "linear_geglu is PyTorch's projection and then geglu, except for inference on a kernel of its own."]
     lines += [
         "",
-        "Not yet run on a GPU: cuda kernels are compiled alone, triton kernels compiled and interpreted.",
+        "Not yet run on a GPU: cuda kernels are compiled and emulated, triton kernels compiled and interpreted.",
     ]
     return "\n".join(lines)
 

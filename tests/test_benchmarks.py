@@ -49,7 +49,7 @@ def run(folder: Path, select: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*command, "--results", str(folder), "-k", select, *more],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
     )

@@ -141,7 +141,7 @@ def test_tensors_of_different_layouts():
     check(tokens, 7, more)
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-4, -10.0, 10.7, 10.8, 31.0, 32.0, 39.0, 40.0, -200.0])
+@pytest.mark.parametrize("factor", [0.0, 1e-4, -10.0, 10.7, 10.8, 39.0, 40.0, 57.0, 58.0, -200.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cosine_scales(dtype, factor):
     """Zero, negative, and steep ones, on both sides of where a maximum is kept, or where unit numbers are split."""

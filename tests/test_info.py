@@ -57,7 +57,7 @@ def test_check_agrees_here_and_names_what_does_not(capsys, monkeypatch):
     assert info.main(["--check"]) == 1
     printed = capsys.readouterr().out
     assert "DISAGREES" in printed and "geglu[odd width] float32: output 0" in printed
-    assert printed.count("DISAGREES") == 1
+    assert printed.count("DISAGREES") == len(set(op.available("cpu")) - {"reference"})
 
 
 @pytest.mark.parametrize("binary", [b"not a shared library", None], ids=["broken", "absent"])

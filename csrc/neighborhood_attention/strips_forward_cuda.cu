@@ -35,7 +35,9 @@ constexpr float kSlack = 8;  // of logits to base 2: weights stay far below floa
 template <class T>
 constexpr float kBound = std::is_same_v<T, BFloat16> ? 57.0f : 15.5f;
 
-constexpr float kSplit = 45;  // logits to base 2 of float16 tensors from where on unit numbers are split
+// Logits to base 2 of float16 tensors from where on unit numbers are split. The backward pass does not split: below, its weights
+// have the same roundings as lse, which takes their sum to one.
+constexpr float kSplit = 83;
 
 // What a kernel is compiled for. Windows of `window` rows, or `whole` false: up to so many; up to `window` columns.
 // split: prepared queries and keys are sums of two float16 numbers.
