@@ -279,7 +279,7 @@ def complaints(rows: list[dict], committed: dict[tuple, float]) -> list[str]:
     for row in rows:
         name = f"{row['case']} {row['dtype']} {row['direction']} {row['kernel']}"
         before, now = committed.get(key(row)), row["predicted_us"]
-        if before is not None and now > TOLERATED * before:
+        if before is not None and now > TOLERATED * before + 0.05:  # µs, less than which a launch does not show
             found.append(f"{name}: predicted {now:.1f} µs, {now / before:.2f} × the committed {before:.1f}")
         limit = LIMITS.get(row["direction"]) if row["case"] == FLAGSHIP and row["dtype"] == "bfloat16" else None
         if limit is not None and row["kernel"] == "all" and round(row["times_floor"], 2) > limit:
