@@ -5,7 +5,7 @@ square of the number of pixels.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import layers
+from .config import Config, check_ints
+from .pretrained import Model
 
 SIZES = {
     "S": (12, 384, 6),
@@ -23,7 +25,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Config):
     """Everything that determines the parameters of a DiT; DiTConfig.of_size("B") fills depth, width and heads.
 
     mlp_ratio: hidden width of the MLPs over the width. learn_sigma doubles the output channels and does nothing else:
@@ -43,20 +45,8 @@ class DiTConfig:
     mapping_cond_dim: int = 0
 
     def __post_init__(self):
-        for name in (
-            "depth",
-            "width",
-            "heads",
-            "patch_size",
-            "in_channels",
-            "mlp_ratio",
-            "num_classes",
-            "mapping_cond_dim",
-        ):
-            least = 0 if name in ("num_classes", "mapping_cond_dim") else 1
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be an int of {least} or more")
+        check_ints(self, "depth", "width", "heads", "patch_size", "in_channels", "mlp_ratio")
+        check_ints(self, "num_classes", "mapping_cond_dim", least=0)
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"width is {self.width}; it must divide by heads {self.heads}, and by 4: sines and cosines of y and x"
@@ -78,18 +68,6 @@ class DiTConfig:
     def side_multiple(self) -> tuple[int, int]:
         """(rows, columns) of pixels that the sides of an image must divide by."""
         return self.patch_size, self.patch_size
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plain: dict) -> "DiTConfig":
-        """The inverse of to_dict. An unknown field is a ValueError that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in plain:
-            if name not in known:
-                raise ValueError(f"DiTConfig has an unknown field {name!r}; it takes {', '.join(known)}")
-        return cls(**plain)
 
 
 def sinusoid(x: Tensor, features: int) -> Tensor:
@@ -146,21 +124,21 @@ class Block(nn.Module):
         return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
 
 
-class DiT(nn.Module):
+class DiT(Model):
     """F(x; sigma): (B, in_channels, H, W) → (B, out_channels, H, W), called as HDiT is. A fresh model returns exactly
     0.
 
     DiT embeds integer timesteps 0 … 999 with sinusoids whose fastest has 1 radian per step. Here the noise level is
     continuous: t = 1000 · ln(sigma)/4, so that one radian is 0.4 % in sigma and 1e-3 … 1e3 spans −1727 … 1727,
     resolution and range like those of the original, under the c_noise that HDiT uses. Augmentation (absent in DiT) is
-    one zero-initialised projection. checkpointing = True recomputes each block in backward instead of keeping its
-    activations.
+    one zero-initialised projection.
     """
+
+    config_class = DiTConfig
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
         width, patch = config.width, (config.patch_size, config.patch_size)
         self.patch_in = layers.TokenMerge(config.in_channels, width, patch)
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))

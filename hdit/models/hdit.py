@@ -6,7 +6,7 @@ neighborhood of its tokens only, so the cost grows with the number of pixels; th
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -14,29 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import layers
-
-
-def _build(cls: type, options: dict):
-    known = [f.name for f in fields(cls)]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{cls.__name__} has an unknown field {name!r}; it takes {', '.join(known)}")
-    try:
-        return cls(**options)
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__} cannot be built from {options!r}: {error}") from error
-
-
-def _check_positive(config, *names: str, least: int = 1) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be an int of {least} or more")
-
-
-def _check_dropout(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a number in [0, 1)")
+from .config import Config, build, build_levels, check_choice, check_dropout, check_ints
+from .pretrained import Model
 
 
 @dataclass(frozen=True)
@@ -81,14 +60,14 @@ class Level:
     def __post_init__(self):
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 3 * self.width)
-        _check_positive(self, "depth", "width", "d_ff")
-        _check_dropout("dropout", self.dropout)
+        check_ints(self, "depth", "width", "d_ff")
+        check_dropout("dropout", self.dropout)
         if self.attention is not None:
             if not isinstance(self.attention, Neighborhood | ShiftedWindow | Global):
                 raise TypeError(
                     f"attention is {self.attention!r}; it must be Neighborhood, ShiftedWindow, Global or None"
                 )
-            _check_positive(self.attention, *(f.name for f in fields(self.attention)))
+            check_ints(self.attention, *(f.name for f in fields(self.attention)))
             if self.attention.d_head % 8 or self.width % self.attention.d_head:
                 raise ValueError(
                     f"d_head is {self.attention.d_head}; it must be a multiple of 8 that divides the width {self.width}"
@@ -96,7 +75,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class HDiTConfig:
+class HDiTConfig(Config):
     """Everything that determines the parameters of an HDiT.
 
     levels: outermost first. patch_size: (rows, columns) of pixels per token of level 0; one int for both. num_classes:
@@ -127,14 +106,12 @@ class HDiTConfig:
             raise TypeError(f"levels is {self.levels!r}; it must hold one Level or more")
         if len(self.patch_size) != 2 or not all(isinstance(p, int) and p > 0 for p in self.patch_size):
             raise ValueError(f"patch_size is {patch!r}; it must be a positive int or a (rows, columns) pair of them")
-        _check_positive(self, "in_channels", "out_channels", "mapping_width", "mapping_d_ff")
-        _check_positive(self, "num_classes", "mapping_cond_dim", "mapping_depth", least=0)
-        _check_dropout("mapping_dropout", self.mapping_dropout)
+        check_ints(self, "in_channels", "out_channels", "mapping_width", "mapping_d_ff")
+        check_ints(self, "num_classes", "mapping_cond_dim", "mapping_depth", least=0)
+        check_dropout("mapping_dropout", self.mapping_dropout)
         if self.mapping_width % 2:
             raise ValueError(f"mapping_width is {self.mapping_width}; it must be even: half cosines, half sines")
-        if self.feed_forward not in layers.UP_PROJECTIONS:
-            known = ", ".join(layers.UP_PROJECTIONS)
-            raise ValueError(f"feed_forward is {self.feed_forward!r}; it must be one of {known}")
+        check_choice(self, "feed_forward", layers.UP_PROJECTIONS)
 
     @property
     def side_multiple(self) -> tuple[int, int]:
@@ -173,7 +150,7 @@ class HDiTConfig:
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers, for JSON; attention as {"type": "neighborhood", …}."""
-        plain = asdict(self)
+        plain = super().to_dict()
         names = {kind: name for name, kind in ATTENTION_TYPES.items()}
         for level, entry in zip(self.levels, plain["levels"], strict=True):
             entry["attention"] = {"type": names[type(level.attention)], **(entry["attention"] or {})}
@@ -182,15 +159,13 @@ class HDiTConfig:
     @classmethod
     def from_dict(cls, plain: dict) -> "HDiTConfig":
         """The inverse of to_dict. An unknown field or attention type is a ValueError that lists the known ones."""
-        if "levels" not in plain:
-            raise ValueError("levels is missing from the configuration; it must be a list of levels, outermost first")
-        levels = []
-        for entry in plain["levels"]:
-            entry = dict(entry)
-            if isinstance(entry.get("attention"), dict):
-                entry["attention"] = attention_from_dict(entry["attention"])
-            levels.append(_build(Level, entry))
-        return _build(cls, {**plain, "levels": tuple(levels)})
+        return build_levels(cls, plain, level_from_dict)
+
+
+def level_from_dict(plain: dict) -> Level:
+    if isinstance(plain, dict) and isinstance(plain.get("attention"), dict):
+        plain = {**plain, "attention": attention_from_dict(plain["attention"])}
+    return build(Level, plain)
 
 
 def attention_from_dict(plain: dict) -> Neighborhood | ShiftedWindow | Global | None:
@@ -203,7 +178,7 @@ def attention_from_dict(plain: dict) -> Neighborhood | ShiftedWindow | Global | 
         if options:
             raise ValueError(f"attention type none has an unknown field {', '.join(options)}; it takes none")
         return None
-    return _build(ATTENTION_TYPES[kind], options)
+    return build(ATTENTION_TYPES[kind], options)
 
 
 class TransformerLayer(nn.Module):
@@ -234,17 +209,17 @@ class TransformerLayer(nn.Module):
         return self.ff(x, cond)
 
 
-class HDiT(nn.Module):
+class HDiT(Model):
     """F(x; sigma): (B, in_channels, H, W) → (B, out_channels, H, W). Preconditioning and losses are hdit.diffusion's.
 
-    A fresh model returns exactly 0. checkpointing = True recomputes each layer in backward instead of keeping its
-    activations.
+    A fresh model returns exactly 0.
     """
+
+    config_class = HDiTConfig
 
     def __init__(self, config: HDiTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
         width, levels = config.mapping_width, config.levels
         self.patch_in = layers.TokenMerge(config.in_channels, levels[0].width, config.patch_size)
 
