@@ -1,5 +1,5 @@
 """Noise schedules, preconditioning, losses and samplers of the diffusion models."""
 
-from . import preconditioning
+from . import noise, preconditioning, samplers
 
-__all__ = ["preconditioning"]
+__all__ = ["noise", "preconditioning", "samplers"]
