@@ -1,5 +1,5 @@
 """Noise schedules, preconditioning, losses and samplers of the diffusion models."""
 
-from . import losses, preconditioning, schedules
+from . import losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["losses", "preconditioning", "schedules"]
+__all__ = ["losses", "noise", "preconditioning", "samplers", "schedules"]
