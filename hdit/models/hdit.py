@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import layers
 from .config import Config, build, build_levels, check_choice, check_dropout, check_ints
+from .inputs import check_inputs
 from .pretrained import Model
 
 
@@ -81,7 +82,12 @@ class HDiTConfig(Config):
     levels: outermost first. patch_size: (rows, columns) of pixels per token of level 0; one int for both. num_classes:
     0 for none, else the table has one more row, for «no class». mapping_cond_dim: features of a custom conditioning
     vector, or 0. mapping_*: the network that turns all conditioning into one vector (mapping_d_ff: 3 x mapping_width
-    where None). feed_forward: "geglu", or "gelu" as in the ablation of the paper (Table 2), there with d_ff 4 x width.
+    where None).
+
+    The rest are the switches of the paper's ablations (Tables 1 and 2); the defaults are HDiT. feed_forward: "geglu" |
+    "gelu", there with d_ff 4 x width. output_gate: a gate per image and feature on what feed-forward blocks add, as in
+    DiT. norm: "ada-rms-norm" | "ada-layer-norm". skip: "lerp" | "add" | "concat". position: "axial-rope" | "sin-cos",
+    added to the tokens of level 0 | "learned", a table added there; position_grid: its (rows, columns) of tokens.
     """
 
     levels: tuple[Level, ...]
@@ -95,6 +101,11 @@ class HDiTConfig(Config):
     mapping_d_ff: int | None = None
     mapping_dropout: float = 0.0
     feed_forward: Literal["geglu", "gelu"] = "geglu"
+    output_gate: bool = False
+    norm: Literal["ada-rms-norm", "ada-layer-norm"] = "ada-rms-norm"
+    skip: Literal["lerp", "add", "concat"] = "lerp"
+    position: Literal["axial-rope", "sin-cos", "learned"] = "axial-rope"
+    position_grid: tuple[int, int] | None = None
 
     def __post_init__(self):
         patch = self.patch_size
@@ -112,6 +123,23 @@ class HDiTConfig(Config):
         if self.mapping_width % 2:
             raise ValueError(f"mapping_width is {self.mapping_width}; it must be even: half cosines, half sines")
         check_choice(self, "feed_forward", layers.UP_PROJECTIONS)
+        check_choice(self, "output_gate", (False, True))
+        check_choice(self, "norm", layers.NORMS)
+        check_choice(self, "skip", layers.SPLITS)
+        self._check_position()
+
+    def _check_position(self) -> None:
+        check_choice(self, "position", ("axial-rope", "sin-cos", "learned"))
+        grid = self.position_grid
+        if isinstance(grid, list | tuple):
+            grid = tuple(grid)
+            object.__setattr__(self, "position_grid", grid)
+        is_pair = isinstance(grid, tuple) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
+        if is_pair != (self.position == "learned") or not (is_pair or grid is None):
+            needs = "a (rows, columns) pair of positive ints" if self.position == "learned" else "None"
+            raise ValueError(f"position_grid is {grid!r}; with position {self.position!r} it must be {needs}")
+        if self.position == "sin-cos" and self.levels[0].width % 4:
+            raise ValueError(f"width is {self.levels[0].width}; for sines and cosines of y and x it must divide by 4")
 
     @property
     def side_multiple(self) -> tuple[int, int]:
@@ -154,7 +182,8 @@ class HDiTConfig(Config):
         names = {kind: name for name, kind in ATTENTION_TYPES.items()}
         for level, entry in zip(self.levels, plain["levels"], strict=True):
             entry["attention"] = {"type": names[type(level.attention)], **(entry["attention"] or {})}
-        return {**plain, "levels": list(plain["levels"]), "patch_size": list(self.patch_size)}
+        lists = {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
+        return {**plain, **lists}
 
     @classmethod
     def from_dict(cls, plain: dict) -> "HDiTConfig":
@@ -186,22 +215,23 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: HDiTConfig, level: Level, index: int):
         super().__init__()
-        self.self_attn = self._attention(level, config.mapping_width, index)
-        self.ff = layers.FeedForward(level.width, level.d_ff, config.mapping_width, level.dropout, config.feed_forward)
+        self.self_attn = self._attention(config, level, index)
+        sizes = (level.width, level.d_ff, config.mapping_width, level.dropout)
+        self.ff = layers.FeedForward(*sizes, config.feed_forward, config.norm, config.output_gate)
 
     @staticmethod
-    def _attention(level: Level, cond_features: int, index: int) -> layers.SelfAttention | None:
+    def _attention(config: HDiTConfig, level: Level, index: int) -> layers.SelfAttention | None:
         spec = level.attention
         if spec is None:
             return None
-        shared = (level.width, spec.d_head, cond_features, level.dropout)
+        shared = (level.width, spec.d_head, config.mapping_width, level.dropout)
+        options = {"norm": config.norm, "rope": config.position == "axial-rope"}
         if isinstance(spec, Neighborhood):
-            return layers.NeighborhoodSelfAttention(*shared, spec.kernel_size)
+            return layers.NeighborhoodSelfAttention(*shared, spec.kernel_size, **options)
         if isinstance(spec, ShiftedWindow):
-            return layers.ShiftedWindowSelfAttention(
-                *shared, spec.window_size, spec.window_size // 2 if index % 2 else 0
-            )
-        return layers.GlobalSelfAttention(*shared)
+            shift = spec.window_size // 2 if index % 2 else 0
+            return layers.ShiftedWindowSelfAttention(*shared, spec.window_size, shift, **options)
+        return layers.GlobalSelfAttention(*shared, **options)
 
     def forward(self, x: Tensor, cond: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         if self.self_attn is not None:
@@ -222,6 +252,11 @@ class HDiT(Model):
         self.config = config
         width, levels = config.mapping_width, config.levels
         self.patch_in = layers.TokenMerge(config.in_channels, levels[0].width, config.patch_size)
+        self.position = None
+        if config.position == "sin-cos":
+            self.position = layers.SinCosPosition()
+        elif config.position == "learned":
+            self.position = layers.LearnedPosition(config.position_grid, levels[0].width)
 
         self.time_emb = layers.FourierFeatures(1, width)
         self.time_in_proj = nn.Linear(width, width, bias=False)
@@ -240,7 +275,7 @@ class HDiT(Model):
         self.up_levels = nn.ModuleList(stack(level, level.depth) for level in levels[:-1])
         pairs = list(itertools.pairwise(levels))
         self.merges = nn.ModuleList(layers.TokenMerge(outer.width, inner.width) for outer, inner in pairs)
-        self.splits = nn.ModuleList(layers.TokenSplitLerp(inner.width, outer.width) for outer, inner in pairs)
+        self.splits = nn.ModuleList(layers.SPLITS[config.skip](inner.width, outer.width) for outer, inner in pairs)
 
         self.out_norm = layers.RMSNorm(levels[0].width)
         self.patch_out = layers.TokenSplit(levels[0].width, config.out_channels, config.patch_size)
@@ -261,11 +296,12 @@ class HDiT(Model):
         «no class». mapping_cond (B, mapping_cond_dim). ValueError for shapes, dtypes and classes that the
         configuration does not have.
         """
-        layers.check_inputs(self.config, x, sigma, aug_cond, class_cond, mapping_cond)
+        check_inputs(self.config, x, sigma, aug_cond, class_cond, mapping_cond)
         self._check_levels(x.shape[2], x.shape[3])
         cond = self.conditioning(sigma, aug_cond, class_cond, mapping_cond)
 
         x = self.patch_in(x.to(self.patch_in.proj.weight.dtype).movedim(1, -1))
+        x = x if self.position is None else self.position(x)
         skips = []
         for level, merge in zip(self.down_levels, self.merges, strict=True):
             x = self._run(level, x, cond)
@@ -318,7 +354,7 @@ class HDiT(Model):
         """
         groups = {(slow, decays): [] for slow in (False, True) for decays in (True, False)}
         for name, parameter in self.named_parameters():
-            slow = name.startswith("mapping.") or ".norm.linear." in name
+            slow = name.startswith("mapping.") or ".norm.linear." in name or ".gate." in name
             embedding = name.startswith(("time_in_proj.", "aug_in_proj.", "class_emb.", "mapping_cond_in_proj."))
             groups[slow, name.endswith(".weight") and not embedding].append(parameter)
         return [
