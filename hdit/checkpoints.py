@@ -1,8 +1,8 @@
 """Training checkpoints: the weights, their moving average, the optimizer's moments and where the run stood.
 
 One safetensors file each, so that one rename makes it whole, and nothing is unpickled. Tensors are named
-``model.<name>``, ``ema.<name>`` and ``optimizer.<name>.<moment>``; the header holds JSON. Sharded parameters (FSDP2) are
-gathered for it: the file does not tell how many processes wrote it.
+``model.<name>``, ``ema.<name>`` and ``optimizer.<name>.<moment>``; the header holds JSON. Sharded parameters (FSDP2)
+are gathered for it: the file does not tell how many processes wrote it.
 """
 
 import contextlib

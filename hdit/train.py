@@ -5,12 +5,15 @@ function of the seed, of the step and of the place of the example in the global 
 with the losses that it would have had, and N processes take the same steps as one, to rounding.
 """
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,18 +21,19 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import augmentation, checkpoints, configs, data, sample, train_log
+from . import augmentation, checkpoints, configs, data, export, models, sample, train_log
 from .configs.recipe import Training
 from .diffusion import losses, schedules
 from .files import remove_leftovers, replacing
 from .models import pretrained
 
 NOISE, LEVELS, CLASSES, DROPOUT, WEIGHTS = range(5)  # what a random draw is for, so that no two purposes share one
-DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # of a recipe, and as accelerate calls them
+DTYPES = {"float32": "no", "bfloat16": "bf16"}  # of a recipe, and as accelerate calls them
 
 
 @dataclass
@@ -152,7 +156,7 @@ class Run:
         self.noise_levels = noise_levels(self.recipe, self.height, self.width)
 
         torch.manual_seed(seed_of(options.seed, WEIGHTS))
-        self.network = getattr(configs.models, self.model_name)(config).to(self.device)
+        self.network = getattr(models, self.model_name)(config).to(self.device)
         self.network.checkpointing = options.activation_checkpointing
         self._wrap()
         self.objective = losses.objective(self.spec, self.model)
@@ -229,9 +233,9 @@ class Run:
         if self.options.compile:
             self.network.compile()
         if self.options.fsdp and self.world_size > 1:
-            for module in self.network.modules():
-                if isinstance(module, self.network.layer_classes):
-                    fully_shard(module)
+            lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
+            for layer in (child for children in lists for child in children if not isinstance(child, nn.ModuleList)):
+                fully_shard(layer)
             self.model = fully_shard(self.network)
         else:
             self.model = self.accelerator.prepare_model(self.network, evaluation_mode=self.world_size == 1)
@@ -303,3 +307,227 @@ class Run:
             self.network.set_requires_gradient_sync(last)
             return torch.enable_grad()
         return torch.enable_grad() if last else self.accelerator.no_sync(self.model)
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Steps until the run is complete or is told to stop; the exit code."""
+        if self.main:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+        self.accelerator.wait_for_everyone()
+        self._resume()
+        with _signals(self):
+            if self.main and not (self.folder / "samples/real.png").exists():
+                self._save_grid(torch.stack([self._real(i) for i in range(self.options.demo_count)]), "real")
+            self._loop()
+            self.checkpoint()
+            if self.stopped_by is None:
+                self._finish()
+        self.accelerator.end_training()
+        if self.stopped_by is not None:
+            name = signal.Signals(self.stopped_by).name
+            self.say(f"stopped by {name} after {self.step} steps; the same command resumes {self.folder}")
+            return 128 + self.stopped_by
+        return 0
+
+    def _loop(self) -> None:
+        options, log, pending = self.options, train_log.Log(self.folder), []
+        begun, before = time.monotonic(), self.seconds
+        progress = tqdm(total=self.recipe.steps, initial=self.step, unit="step", disable=not self.main, smoothing=0.05)
+        with progress:
+            while self.step < self.recipe.steps and not self._should_stop():
+                pending.append(self.take_step())
+                self.seconds = before + time.monotonic() - begun
+                progress.update()
+                if self._every(options.log_every):
+                    self._flush(log, pending, progress)
+                if self._every(options.demo_every) and self.step < self.recipe.steps:
+                    self.demo()
+                if self._every(options.checkpoint_every) and self.step < self.recipe.steps:
+                    self._flush(log, pending, progress)
+                    self.checkpoint()
+            self._flush(log, pending, progress)
+
+    def _every(self, steps: int) -> bool:
+        return bool(steps) and self.step % steps == 0
+
+    def _should_stop(self) -> bool:
+        """The same answer in every process: told by a signal, or out of minutes."""
+        minutes = self.options.minutes
+        late = minutes is not None and self.seconds >= 60 * minutes
+        if self.world_size == 1:
+            return late or self.stopped_by is not None
+        if self.step % self.options.log_every:
+            return False  # asking the others costs a round trip
+        told = torch.tensor([self.stopped_by or 0, int(late)], device=self.device)
+        told = self.accelerator.gather(told[None]).amax(0).tolist()
+        self.stopped_by = told[0] or None
+        return any(told)
+
+    def _flush(self, log: train_log.Log, pending: list, progress: tqdm) -> None:
+        """Write the metrics of the steps since the last time: the only place that waits for the device."""
+        if not pending:
+            return
+        losses_, norms = (torch.stack([_plain(entry[i]) for entry in pending]) for i in (0, 1))
+        losses_ = self.accelerator.reduce(losses_, "mean").tolist()
+        first = self.step - len(pending)
+        entries = [
+            {
+                "step": first + i,
+                "loss": loss,
+                "grad_norm": norm,
+                "rate": pending[i][2],
+                "images": (first + i + 1) * self.recipe.batch_size,
+                "seconds": round(self.seconds, 3),
+            }
+            for i, (loss, norm) in enumerate(zip(losses_, norms.tolist(), strict=True))
+        ]
+        if self.main:
+            log.write(entries)
+            speed = self.step * self.recipe.batch_size / self.seconds
+            progress.set_postfix_str(f"{speed:.1f} images/s, loss {np.mean(losses_):.4f}")
+            for entry in entries if self.accelerator.trackers else ():
+                self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
+        pending.clear()
+        if not all(map(math.isfinite, losses_)):
+            bad = next(entry["step"] for entry in entries if not math.isfinite(entry["loss"]))
+            raise FloatingPointError(
+                f"the loss of step {bad} is not finite; the last checkpoint is of step"
+                f" {(checkpoints.steps(self.folder) or ['none'])[-1]}; a smaller lr, or float32, may help"
+            )
+
+    def checkpoint(self) -> None:
+        """Write one, unless the last one is of this very step."""
+        state = checkpoints.tensors(self.network, self.ema, self.optimizer)
+        if self.main and (self.step not in checkpoints.steps(self.folder) or not self.step):
+            checkpoints.save(self.folder, self.step, state, self._header(), self.options.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _header(self) -> dict:
+        names = self.images.class_names
+        return {
+            "model": self.model_name,
+            "config": self.network.config.to_dict(),
+            "objective": self.spec,
+            "resolution": [self.height, self.width],
+            **({"class_names": list(names)} if names and self.network.config.num_classes else {}),
+            "sampler": {"name": self.recipe.sampler, "steps": self.recipe.sampler_steps},
+            "settings": self._settings(),
+            "batches": self.batches.state_dict(),
+            "seconds": round(self.seconds, 3),
+            "images": self.step * self.recipe.batch_size,
+        }
+
+    def _settings(self) -> dict:
+        """What must not change when a run is resumed. How many processes share the work may, and how long it goes."""
+        options = self.options
+        recipe = dataclasses.asdict(self.recipe)
+        for name in ("steps", "hardware", "sampler", "sampler_steps"):
+            recipe.pop(name)
+        return {
+            **{name: getattr(options, name) for name in ("data", "crop", "flip", "seed")},
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()},
+        }
+
+    def _resume(self) -> None:
+        path = checkpoints.latest(self.folder)
+        if path is None:
+            if self.main:
+                train_log.Log(self.folder).cut(0)
+            return
+        state, header = checkpoints.load(path)
+        ours = {**self._settings(), "model": self.model_name, "config": self.network.config.to_dict()}
+        theirs = {**header["settings"], "model": header["model"], "config": header["config"]}
+        for name in ours:
+            if ours[name] != theirs.get(name):
+                raise ValueError(
+                    f"{name} is {ours[name]!r}, and the run in {self.folder} has {theirs.get(name)!r};"
+                    " resume it with that, or choose another output"
+                )
+        checkpoints.restore(state, self.network, self.ema, self.optimizer)
+        self.step, self.seconds = int(header["step"]), header["seconds"]
+        self.batches.load_state_dict(header["batches"])
+        if self.main:
+            train_log.Log(self.folder).cut(self.step)
+        self.say(f"resumed {path}")
+
+    # ---- pictures --------------------------------------------------------------------------------------------------
+
+    def _real(self, index: int) -> Tensor:
+        return self.images.example(index % len(self.images), generator("cpu", self.options.seed, index))[0]
+
+    @torch.no_grad()
+    def demo(self) -> None:
+        """samples/step-….png: the same seeds each time, from the averaged weights."""
+        options, classes = self.options, self.network.config.num_classes
+        self.network.eval()
+        with self.ema.applied(), self.accelerator.autocast():
+            images = sample.generate(
+                self.denoiser,
+                options.demo_count,
+                (self.height, self.width),
+                classes=[i % classes for i in range(options.demo_count)] if classes else None,
+                num_classes=classes,
+                guidance=options.demo_guidance,
+                sampler=self.recipe.sampler or "dpmpp_3m_sde",
+                steps=options.demo_steps,
+                sigma_min=self.recipe.sigma_min,
+                sigma_max=self.recipe.sigma_max,
+                seed=options.seed,
+            )
+        if self.main:
+            self._save_grid(images, f"step-{self.step:08}")
+
+    def _save_grid(self, images: Tensor, name: str) -> None:
+        with replacing(self.folder / "samples" / f"{name}.png") as temporary:
+            sample.grid(images).save(temporary, format="PNG")
+
+    def _finish(self) -> None:
+        self.demo()
+        if self.main:
+            export.from_training(checkpoints.latest(self.folder), self.folder / "model.safetensors")
+            if importlib.util.find_spec("matplotlib"):
+                train_log.draw({self.options.config: self.folder}, self.folder / "loss.png")
+            else:
+                self.say("loss.png needs matplotlib: pip install 'hdit[plots]'")
+            self.say(f"trained {self.step} steps; {self.folder / 'model.safetensors'} is for hdit sample")
+        self.accelerator.wait_for_everyone()
+
+    def say(self, sentence: str) -> None:
+        if self.main:
+            tqdm.write(f"hdit train: {sentence}", file=sys.stderr)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _accelerator(options: Train, dtype: str):
+    try:
+        from accelerate import Accelerator
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "hdit train needs accelerate, which is not installed: pip install 'hdit[train]'"
+        ) from None
+
+    accelerator = Accelerator(cpu=options.cpu, mixed_precision=DTYPES[dtype], log_with=options.tracker)
+    if options.tracker:
+        accelerator.init_trackers("hdit")
+    return accelerator
+
+
+@contextlib.contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """SIGTERM and ^C end the run after the current step, with a checkpoint; a second one ends it at once."""
+
+    def stop(number, frame):
+        run.stopped_by = number
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
