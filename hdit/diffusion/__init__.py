@@ -1,5 +1,5 @@
 """Noise schedules, preconditioning, losses and samplers of the diffusion models."""
 
-from . import preconditioning
+from . import losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["preconditioning"]
+__all__ = ["losses", "noise", "preconditioning", "samplers", "schedules"]
