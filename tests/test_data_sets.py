@@ -156,10 +156,10 @@ def test_json_labels(tmp_path):
         images = data.open_images(tmp_path / "x.tar", 20, 30, class_key=key)
         assert images.class_names == names
         assert [images.example(index)[1] for index in range(4)] == labels
-    with pytest.raises(ValueError, match="class_key 'size' is not in .*x.tar:0.json, which has label, colour"):
+    with pytest.raises(ValueError, match=r"class_key 'size' is not in .*x\.tar:0\.json, which has label, colour"):
         data.open_images(tmp_path / "x.tar", 20, 30, class_key="size")
     write_shard(tmp_path / "x.tar", files | {"2.json": b"{"})
-    with pytest.raises(ValueError, match="the label .*x.tar:2.json cannot be read"):
+    with pytest.raises(ValueError, match=r"the label .*x\.tar:2\.json cannot be read"):
         data.open_images(tmp_path / "x.tar", 20, 30)
 
 
@@ -192,7 +192,7 @@ def test_braces_are_those_of_a_shell():
     assert expand_braces("x-{008..011}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar", "x-011.tar"]
     assert expand_braces("{b,a}{1..0}") == ["b1", "b0", "a1", "a0"]
     for wrong in ("x{1..}", "x{1", "x}", "x{a}"):
-        with pytest.raises(ValueError, match="brace|accepted are"):
+        with pytest.raises(ValueError, match=r"brace|accepted are"):
             expand_braces(wrong)
 
 
@@ -239,8 +239,9 @@ def test_digits_and_faces():
     assert (large[:, 1:] - large[:, :-1]).abs().max() < 1, "smooth: no step of more than half the range"
     faces = data.open_images("faces", 25, 25)
     assert len(faces) == 100 and faces.class_names is None
-    mean = torch.stack([faces.example(index)[0] for index in range(100)]).mean(0)[0]
-    assert (mean - mean.flip(-1)).square().mean() < 0.2 * mean.var(), "faces look alike in a mirror, on average"
+    found = torch.stack([faces.example(index)[0] for index in range(100)])
+    # a mean of unlike pictures would have a hundredth of their variance
+    assert found.mean(0).var() > 10 * found.var() / 100, "what a face is made of has its place"
 
 
 # ---- Hugging Face ----
