@@ -1,13 +1,35 @@
-"""Real photographs as tensors: samples that ship inside scikit-image and scikit-learn, or a folder of images."""
+"""Real images as tensors: sample photographs, and data sets to train on and to compare with.
+
+``open_images`` opens a set (a folder, tar shards, Hugging Face data, samples that ship with packages), ``Batches``
+makes an endless, shuffled, resumable stream of it, ``photographs`` reads a few pictures at once.
+"""
 
 import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+
+from .data_images import SUFFIXES, UnreadableImage, check_size, crop_resize, read_image, to_tensor
+from .data_sets import Arrays, Folder, HuggingFace, Images, PhotographCrops
+from .data_shards import Shards, expand_braces
+from .data_stream import Batch, Batches
+
+__all__ = [
+    "SAMPLES",
+    "Batch",
+    "Batches",
+    "Images",
+    "UnreadableImage",
+    "crop_resize",
+    "open_images",
+    "photographs",
+    "read_image",
+    "sample_path",
+    "to_tensor",
+]
 
 # Photographs that lie inside the wheels, so nothing is downloaded: name -> (file, package).
 SAMPLES = {
@@ -19,53 +41,79 @@ SAMPLES = {
     "china": ("datasets/images/china.jpg", "sklearn"),
     "flower": ("datasets/images/flower.jpg", "sklearn"),
 }
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+BUILTIN = Path(__file__).parent / "builtin"
+NAMED = ("builtin", "photos", "digits", "faces")
 
 
-class UnreadableImage(ValueError):
-    """A file that is not an image, is cut short, or cannot be opened; the message names it."""
+def open_images(
+    source: str | Path,
+    height: int,
+    width: int,
+    *,
+    crop: str = "center",
+    flip: bool = False,
+    image_key: str | None = None,
+    class_key: str | None = None,
+) -> Images:
+    """A data set of images of (height, width) pixels, of which ``example(index, generator)`` reads one.
 
+    source:
+      - ``builtin``: crops of nine photographs free of copyright that are part of this package, a class for each;
+      - ``photos``: crops of the photographs in ``SAMPLES``, a class for each; ``faces``: 100 grey faces, 25×25 pixels;
+        ``digits``: 1797 grey digits, 8×8 pixels, 10 classes (all three: pip install 'hdit[demo]');
+      - a folder of images, subfolders too; where every image lies one level down, these subfolders are the classes;
+      - WebDataset tar shards: a folder of them, one, or many by braces (``train-{000..127}.tar``), with labels in .cls
+        or .json files. Indexed by headers once, read by position, so that any order is possible. Not compressed;
+      - ``hf:NAME`` or ``hf:NAME:SPLIT`` (pip install 'hdit[datasets]'): a Hugging Face data set, or a folder written by
+        its ``save_to_disk``; the split is ``train`` unless given.
+    crop: "center" for the largest centred part with the aspect height:width, "random" for one at a random place
+    (of ``builtin`` and ``photos``: at a random place and scale, where "center" stands for fixed ones, 256 of each
+    picture). flip: mirror left to right with probability 1/2.
+    image_key, class_key: the column (Hugging Face) or extension (shards) that holds images; column, or key of the .json
+    file, that holds classes. Found by themselves unless given.
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, turned upright as its EXIF data say; transparency is laid over white.
-
-    Raises UnreadableImage with the path and the cause.
+    Raises ValueError for a source or option that cannot be used, ModuleNotFoundError where a package is missing.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
-                raise UnreadableImage(f"{path} has {image.mode} pixels; 8 bits per channel are accepted")
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except UnreadableImage:
-        raise
-    # PIL answers broken files with OSError, SyntaxError, ValueError, EOFError, struct.error or DecompressionBombError.
-    except Exception as error:
-        raise UnreadableImage(f"{path} is not a readable image: {error}") from error
+    check_size(height, width)
+    if crop not in ("center", "random"):
+        raise ValueError(f"crop must be 'center' or 'random', got {crop!r}")
+    source = str(source)
+    size = (height, width, crop, flip)
+    keyed = source.startswith("hf:") or _is_saved_dataset(Path(source))
+    found = None if keyed or source in NAMED else shard_paths(source)
+    if not keyed and found is None and (image_key is not None or class_key is not None):
+        raise ValueError(
+            f"image_key {image_key!r} and class_key {class_key!r} are for tar shards and Hugging Face data sets; "
+            f"{source!r} is neither"
+        )
+    if keyed:
+        return HuggingFace(source, *size, image_key, class_key)
+    if found is not None:
+        return Shards(source, found, *size, image_key, class_key)
+    if source == "builtin":
+        return PhotographCrops(source, {path.stem: path for path in sorted(BUILTIN.glob("*.jpg"))}, *size)
+    if source == "photos":
+        return PhotographCrops(source, {name: sample_path(name) for name in SAMPLES}, *size)
+    if source in ("digits", "faces"):
+        return Arrays(source, *size)
+    return Folder(source, *size)
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) float32 in [-1, 1] from an RGB image."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return (pixels.permute(2, 0, 1).to(torch.float32) / 127.5 - 1).contiguous()
+def shard_paths(source: str) -> list[str] | None:
+    """The tar files that ``source`` means, in order; None where it means no shards."""
+    if "://" in source or source.startswith("pipe:"):
+        raise ValueError(f"source {source!r} is no local path: download the images first")
+    if Path(source).is_dir():
+        return sorted(map(str, Path(source).glob("*.tar"))) or None
+    if source.endswith((".tar", ".tar.gz", ".tgz")):
+        return expand_braces(source)
+    return None
 
 
-def crop_resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centred part of ``image`` with the aspect height:width, resized to (height, width) pixels.
-
-    Lanczos with antialiasing, in one step. A target larger than the part is interpolated: it has the requested number
-    of pixels, not more detail. Nothing is tiled, mirrored or padded.
-    """
-    for name, side in (("height", height), ("width", width)):
-        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-            raise ValueError(f"{name} must be a positive integer, got {side!r}")
-    scale = min(image.width / width, image.height / height)
-    crop_width, crop_height = scale * width, scale * height
-    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
 
 
 def sample_path(name: str) -> Path:

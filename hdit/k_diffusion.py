@@ -7,6 +7,7 @@ translation.
 from torch import Tensor
 
 from .models.hdit import Global, HDiT, HDiTConfig, Level, Neighborhood, attention_from_dict
+from .models.pretrained import check_names
 
 MODEL_TYPE = "image_transformer_v2"
 
@@ -72,18 +73,7 @@ def load_state_dict(model: HDiT, state_dict: dict[str, Tensor]) -> None:
     ValueError, in one sentence with every name: missing names, names that the model does not have, and shapes that
     differ.
     """
-    own = model.state_dict()
-    missing = [name for name in own if name not in state_dict]
-    unexpected = [name for name in state_dict if name not in own]
-    misshaped = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state_dict and state_dict[name].shape != own[name].shape
-    ]
-    faults = {"missing": missing, "not in the model": unexpected, "of another shape": misshaped}
-    if any(faults.values()):
-        text = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"state_dict does not fit this model: {text}")
+    check_names(model.state_dict(), state_dict)
     model.load_state_dict(state_dict)
 
 

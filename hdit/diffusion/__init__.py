@@ -1,5 +1,5 @@
 """Noise schedules, preconditioning, losses and samplers of the diffusion models."""
 
-from . import noise, preconditioning, samplers
+from . import losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["noise", "preconditioning", "samplers"]
+__all__ = ["losses", "noise", "preconditioning", "samplers", "schedules"]
