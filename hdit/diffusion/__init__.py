@@ -1,5 +1,5 @@
 """Noise schedules, preconditioning, losses and samplers of the diffusion models."""
 
-from . import losses, noise, preconditioning, samplers, schedules
+from . import guidance, losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["losses", "noise", "preconditioning", "samplers", "schedules"]
+__all__ = ["guidance", "losses", "noise", "preconditioning", "samplers", "schedules"]
