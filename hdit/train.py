@@ -133,6 +133,13 @@ def noise_levels(recipe: Training, height: int, width: int):
     ends = {"sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max}
     if name == "loguniform":
         return schedules.density(name, **ends)
+    if name == "simple-diffusion":
+        options = (max(height, width), recipe.noise_d_low, recipe.noise_d_high)
+        limits = (-2 * math.log(recipe.sigma_max), -2 * math.log(recipe.sigma_min))
+        zero = recipe.zero_terminal
+        return lambda u: schedules.logsnr_to_sigma(
+            schedules.logsnr_interpolated(1 - u, *options, *limits, zero_terminal=zero)
+        )
     images = {"image_d": max(height, width), "noise_d_low": recipe.noise_d_low, "noise_d_high": recipe.noise_d_high}
     given = images if name == "cosine-interpolated" else {}
     return schedules.density(name, sigma_data=recipe.sigma_data, **given, **ends)
@@ -319,8 +326,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         parameters = sum(p.numel() for p in self.network.parameters())
         self.say(
-            f"{self.model_name} {parameters / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMAC per image of {self.height}"
-            f" x {self.width}; {len(self.images)} images of {self.options.data}; {self.world_size} x {self.device}"
+            f"{self.model_name}, {parameters / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMAC per image of"
+            f" {self.height} x {self.width}; {len(self.images)} images of {self.options.data}; {self.device}"
+            + (f" x {self.world_size}" if self.world_size > 1 else "")
         )
         self._resume()
         with _signals(self):
