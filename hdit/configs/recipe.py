@@ -32,7 +32,7 @@ class Training:
     sigma_density: Literal["cosine-interpolated", "simple-diffusion", "v-diffusion", "lognormal", "loguniform"] = (
         "cosine-interpolated"
     )
-    """Distribution of the noise levels in training. simple-diffusion is cosine-interpolated with ends that shift too."""
+    """Distribution of the noise levels. simple-diffusion is cosine-interpolated with ends that shift too."""
     zero_terminal: bool = False
     """simple-diffusion: rescale the schedule so that the noisiest level shows nothing of the image."""
     sigma_min: float = 1e-3
