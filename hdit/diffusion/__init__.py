@@ -1,5 +1,5 @@
 """Noise schedules, preconditioning, losses and samplers of the diffusion models."""
 
-from . import losses, preconditioning, schedules
+from . import likelihood, losses, preconditioning, schedules
 
-__all__ = ["losses", "preconditioning", "schedules"]
+__all__ = ["likelihood", "losses", "preconditioning", "schedules"]
