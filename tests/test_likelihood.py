@@ -163,7 +163,7 @@ ATOMS = [10, 80, 84, 250], [0.125, 0.5, 0.25, 0.125]  # 1.75 bits
 def test_bound_of_the_exact_denoiser_is_the_entropy():
     """With the posterior mean the bound is tight: the entropy of the pixels, 1.75 bits, within its standard error."""
     x = pixels(*ATOMS, 1024)
-    options = {"sigma_min": 5e-4, "levels": 48, "generator": torch.Generator().manual_seed(2)}
+    options = {"sigma_min": 5e-4, "levels": 128, "generator": torch.Generator().manual_seed(2)}
     got = variational_bound(posterior_mean(*ATOMS), x, **options)
     error = float(got.standard_error.square().sum().sqrt()) / len(x)
     assert 0 < error < 0.02
