@@ -102,38 +102,50 @@ DEVICE Items items_of(const CosineRope& args, int chunk, int width) {
           int(threadIdx.x % width), width};
 }
 
-template <class T>
-DEVICE T* head_of(const Tokens& x, int64_t b, int64_t row, int64_t column, int64_t head) {
-  return static_cast<T*>(x.data) + b * x.batch_stride + row * x.height_stride + column * x.width_stride + head * x.head_stride;
-}
 
+// One head of one token: where it is, its scale and, held in registers, the turns of the lane's unit.
+template <int N>
 struct At {
-  int64_t b, y, x, head;
+  int64_t item, b, y, x, head;
+  bool inside;  // there is such a head
+  float scale;
+  Two<N> turns;
 };
 
 // In 32 bits: a division of 64 is a call, around which registers are spilled.
-DEVICE At place_of(const CosineRope& args, uint32_t item) {
+template <int N, bool kHeld>
+DEVICE At<N> head_at(const CosineRope& args, const Items& items, int64_t item) {
+  const bool inside = item < items.count;
   const uint32_t heads = uint32_t(args.heads), width = uint32_t(args.width), height = uint32_t(args.height);
-  const uint32_t token = item / heads, row = token / width;
-  return {row / height, row % height, token % width, item % heads};
+  const uint32_t place = inside ? uint32_t(item) : 0u, token = place / heads, row = token / width;
+  At<N> at = {item, row / height, row % height, token % width, place % heads, inside, 0.0f, {}};
+  if (kHeld && inside && items.lane < items.units)
+    at.turns = turns_of<N>(args, at.y, at.x, at.head, unit_at<N>(items.lane, args.angles, args.dim));
+  if (inside) at.scale = core::load_global<float>(static_cast<const float*>(args.cosine_scale) + at.head);
+  return at;
+}
+
+template <class T, int N>
+DEVICE T* head_of(const Tokens& x, const At<N>& at) {
+  return static_cast<T*>(x.data) + at.b * x.batch_stride + at.y * x.height_stride + at.x * x.width_stride +
+         at.head * x.head_stride;
 }
 
 // kHeld: a lane has one unit and keeps it in registers; otherwise it reads its units twice.
 template <class T, int N, bool kHeld>
-DEVICE void forward_head(const CosineRope& args, const Items& items, bool inside, const T* from, T* to, float factor, int64_t y,
-                         int64_t x, int64_t head, const Two<N>& held_turns) {
+DEVICE void forward_head(const CosineRope& args, const Items& items, const At<N>& at, const T* from, T* to, float factor) {
   Two<N> values = {};
   float squares[1] = {0};
-  for (int64_t u = items.lane; inside && u < items.units; u += items.width) {
+  for (int64_t u = items.lane; at.inside && u < items.units; u += items.width) {
     values = read<N>(from, unit_at<N>(u, args.angles, args.dim));
 #pragma unroll
     for (int i = 0; i < N; ++i) squares[0] += values.first[i] * values.first[i] + values.second[i] * values.second[i];
   }
   sum_over_group(squares, items.width, 0);
-  for (int64_t u = items.lane; inside && u < items.units; u += items.width) {
+  for (int64_t u = items.lane; at.inside && u < items.units; u += items.width) {
     const Unit<N> unit = unit_at<N>(u, args.angles, args.dim);
     if (!kHeld) values = read<N>(from, unit);
-    const Two<N> turns = kHeld ? held_turns : turns_of<N>(args, y, x, head, unit);
+    const Two<N> turns = kHeld ? at.turns : turns_of<N>(args, at.y, at.x, at.head, unit);
     write<N>(to, unit, turned(values, turns, unit, false, factor * core::inverse_root(squares[0] + kEps)));
   }
 }
@@ -143,32 +155,25 @@ __global__ void __launch_bounds__(kBlock, 2) cosine_rope_forward_kernel(CosineRo
   const CosineRope& in = args.inputs;
   const Items items = items_of(in, N, width);
   for (int64_t round = 0; round < items.count; round += items.step) {  // all threads of a block go on together
-    const int64_t item = items.first + round;
-    const bool inside = item < items.count;
-    const auto [b, y, x, head] = place_of(in, inside ? uint32_t(item) : 0u);
-    Two<N> turns = {};
-    if (kHeld && inside && items.lane < items.units)
-      turns = turns_of<N>(in, y, x, head, unit_at<N>(items.lane, in.angles, in.dim));
-    const float scale = inside ? core::load_global<float>(static_cast<const float*>(in.cosine_scale) + head) : 0.0f;
-    forward_head<T, N, kHeld>(in, items, inside, head_of<T>(in.q, b, y, x, head),
-                              static_cast<T*>(args.q_prepared) + item * in.dim, scale, y, x, head, turns);
-    forward_head<T, N, kHeld>(in, items, inside, head_of<T>(in.k, b, y, x, head),
-                              static_cast<T*>(args.k_prepared) + item * in.dim, 1.0f, y, x, head, turns);
+    const At<N> at = head_at<N, kHeld>(in, items, items.first + round);
+    const int64_t to = at.item * in.dim;
+    forward_head<T, N, kHeld>(in, items, at, head_of<T>(in.q, at), static_cast<T*>(args.q_prepared) + to, at.scale);
+    forward_head<T, N, kHeld>(in, items, at, head_of<T>(in.k, at), static_cast<T*>(args.k_prepared) + to, 1.0f);
   }
 }
 
 // With n = rsqrt(Σx² + ε), h the gradient turned back: dx = factor·n·(h − x·n²·Σxh), and the scale's gradient is n·Σxh.
 template <class T, int N, bool kHeld>
-DEVICE float backward_head(const CosineRope& args, const Items& items, bool inside, const T* from, const T* gradient, T* to,
-                           float factor, int64_t y, int64_t x, int64_t head, const Two<N>& held_turns) {
+DEVICE float backward_head(const CosineRope& args, const Items& items, const At<N>& at, const T* from, const T* gradient,
+                           T* to, float factor) {
   Two<N> values = {}, changes = {};
   float sums[2] = {0, 0};
   const auto take = [&](const Unit<N>& unit) {
     values = read<N>(from, unit);
-    const Two<N> turns = kHeld ? held_turns : turns_of<N>(args, y, x, head, unit);
+    const Two<N> turns = kHeld ? at.turns : turns_of<N>(args, at.y, at.x, at.head, unit);
     changes = turned(read<N>(gradient, unit), turns, unit, true, 1.0f);
   };
-  for (int64_t u = items.lane; inside && u < items.units; u += items.width) {
+  for (int64_t u = items.lane; at.inside && u < items.units; u += items.width) {
     take(unit_at<N>(u, args.angles, args.dim));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -178,7 +183,7 @@ DEVICE float backward_head(const CosineRope& args, const Items& items, bool insi
   }
   sum_over_group(sums, items.width, 0);
   const float n = core::inverse_root(sums[0] + kEps), along = n * n * sums[1];
-  for (int64_t u = items.lane; to != nullptr && inside && u < items.units; u += items.width) {
+  for (int64_t u = items.lane; to != nullptr && at.inside && u < items.units; u += items.width) {
     const Unit<N> unit = unit_at<N>(u, args.angles, args.dim);
     if (!kHeld) take(unit);
     Two<N> result;
@@ -197,26 +202,18 @@ template <class T, int N, bool kHeld>
 __global__ void __launch_bounds__(kBlock, 2) cosine_rope_backward_kernel(CosineRopeBackward args, float* sums, int width) {
   const CosineRope& in = args.inputs;
   const Items items = items_of(in, N, width);
-  const int64_t rounds = (items.count + items.step - 1) / items.step;
   T *const dq = static_cast<T*>(args.dq), *const dk = static_cast<T*>(args.dk);
   float dscale = 0;
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t item = items.first + round * items.step;
-    const bool inside = item < items.count;
-    const auto [b, y, x, head] = place_of(in, inside ? uint32_t(item) : 0u);
-    Two<N> turns = {};
-    if (kHeld && inside && items.lane < items.units)
-      turns = turns_of<N>(in, y, x, head, unit_at<N>(items.lane, in.angles, in.dim));
-    const float scale = inside ? core::load_global<float>(static_cast<const float*>(in.cosine_scale) + head) : 0.0f;
+  for (int64_t round = 0; round < items.count; round += items.step) {
+    const At<N> at = head_at<N, kHeld>(in, items, items.first + round);
+    const int64_t to = at.item * in.dim;
     if (dq != nullptr || sums != nullptr) {
-      const float part = backward_head<T, N, kHeld>(in, items, inside, head_of<T>(in.q, b, y, x, head),
-                                                    head_of<T>(args.dq_prepared, b, y, x, head),
-                                                    dq == nullptr ? dq : dq + item * in.dim, scale, y, x, head, turns);
-      dscale += inside ? part : 0.0f;
+      const float part = backward_head<T, N, kHeld>(in, items, at, head_of<T>(in.q, at), head_of<T>(args.dq_prepared, at),
+                                                    dq == nullptr ? dq : dq + to, at.scale);
+      dscale += at.inside ? part : 0.0f;
     }
     if (dk != nullptr)
-      backward_head<T, N, kHeld>(in, items, inside, head_of<T>(in.k, b, y, x, head),
-                                 head_of<T>(args.dk_prepared, b, y, x, head), dk + item * in.dim, 1.0f, y, x, head, turns);
+      backward_head<T, N, kHeld>(in, items, at, head_of<T>(in.k, at), head_of<T>(args.dk_prepared, at), dk + to, 1.0f);
   }
   if (sums != nullptr && items.lane == 0) core::store_global(sums + items.first, dscale);
 }

@@ -466,8 +466,6 @@ inline void count(Kind kind, uintptr_t address, int bytes, Place place) {
 }
 
 // ---- checking accesses ---------------------------------------------------------------------------------------------------
-inline unsigned char* shared_byte(uint32_t at) { return self->block->shared + (int64_t(at) - 1024); }
-
 // Bounds, alignment and races of an access to shared memory.
 inline unsigned char* touch_shared(bool write, uint32_t address, int bytes, Place place) {
   Lane* const me = self;

@@ -2,7 +2,7 @@
 
 The rule is the one under which the HDiT paper prints "GFLOP", one per multiply-add (1 MAC = 2 FLOP): a linear layer
 counts numel(x)·out, attention queries·keys·(d_q + d_v), neighborhood attention queries·k²·(d_q + d_v); everything
-pointwise is 0.
+pointwise is 0, and a convolution counts its inputs·outputs·k² per pixel.
 """
 
 from collections import defaultdict
@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .models import DiT, DiTConfig, HDiT, HDiTConfig
 
-KINDS = ("linear", "neighborhood", "window", "global")
+KINDS = ("linear", "convolution", "neighborhood", "window", "global")
 
 
 @dataclass(frozen=True)
 class Flops:
-    """macs: multiply-adds of one forward pass. by_kind: the same by linear | neighborhood | window | global
+    """macs: multiply-adds of one forward pass. by_kind: the same by linear | convolution | neighborhood | window |
+    global
     (attention's own products). by_level: by "level 0" (outermost; its layers both ways, and the merge and split below
     it) …, "patches", "conditioning". Both dicts add up to macs."""
 
@@ -29,7 +30,8 @@ class Flops:
 
 
 def count(model: nn.Module, height: int, width: int, batch: int = 1) -> Flops:
-    """Count one forward pass of `model` (HDiT, DiT, or a model called as they are) on `batch` images of height x width.
+    """Count one forward pass of `model` (HDiT, DiT, UViT, or one called as they are) on `batch` images of height x
+    width.
 
     The model is not copied or changed, and its device does no work: for one call, meta tensors stand for its
     parameters.
@@ -55,7 +57,8 @@ def count(model: nn.Module, height: int, width: int, batch: int = 1) -> Flops:
 
     by_kind, by_level = defaultdict(int), defaultdict(int)
     for path, operators in _own_counts(counter.get_flop_counts(), type(model).__name__).items():
-        kind = getattr(model.get_submodule(path), "kind", "linear")
+        module = model.get_submodule(path)
+        kind = "convolution" if isinstance(module, nn.Conv2d) else getattr(module, "kind", "linear")
         macs = sum(operators.values()) // 2
         by_kind[kind] += macs
         by_level[_level(model, path)] += macs

@@ -5,11 +5,11 @@ import itertools
 import torch
 from test_models import SMALL_DIT, build, call
 
-from hdit.models import DiTConfig, dit
+from hdit.models import DiTConfig, layers
 
 
 def test_dit_positions_tell_every_token_and_axis_apart():
-    got = dit.grid_positions(3, 5, 32, torch.float64, torch.device("cpu"))
+    got = layers.grid_positions(3, 5, 32, torch.float64, torch.device("cpu"))
     frequency = 10000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
     for row, column in itertools.product(range(3), range(5)):
         x, y = column * frequency, row * frequency

@@ -1,43 +1,76 @@
 """What a published configuration says: the model, and how it was trained."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from ..models import DiTConfig, HDiTConfig
+import tyro
+
+from ..models import DiTConfig, HDiTConfig, UViTConfig
 
 
 @dataclass(frozen=True)
 class Training:
-    """The numbers of a training run; None where the publication gives none. Defaults: those of the HDiT paper's runs.
+    """The numbers of a training run, None where a publication gives none. Defaults: those of the HDiT paper."""
 
-    batch_size: images per step over all devices. sigma_min, sigma_max: ends of the noise levels. sigma_density:
-    "cosine-interpolated", with noise_d_low = 32 and noise_d_high = the side of the images. loss_weighting: a weighting
-    of hdit.diffusion's Denoiser. class_dropout: share of images whose class is dropped for guidance. augment_prob: of
-    Karras augmentation. ema_decay, ema_power: decay = min(ema_decay, 1 − (1 + step)^−ema_power), constant where the
-    power is None. grad_clip: largest norm of the gradient. dtype: of autocast. sampler, sampler_steps: what the
-    samples were made with.
-    """
-
-    steps: int | None
+    steps: int | None = None
+    """Optimizer steps."""
     batch_size: int | None = 256
-    hardware: str | None = None
-    sigma_data: float = 0.5
-    sigma_min: float = 1e-3
-    sigma_max: float = 1e3
-    sigma_density: str = "cosine-interpolated"
-    noise_d_low: int = 32
+    """Images per step, over all devices and micro-batches."""
+    hardware: tyro.conf.Suppress[str | None] = None
+    objective: Literal["edm", "simple-diffusion"] = "edm"
+    """What the network predicts: F of EDM's preconditioning, or `parametrization` in variance-preserving terms."""
+    parametrization: Literal["v", "epsilon", "x0"] = "v"
+    """What the network predicts under simple diffusion's objective."""
+    loss: Literal["mse", "multiscale", "v", "epsilon", "x0"] = "mse"
+    """edm: mse or multiscale, of F. simple-diffusion: the mean square error of v, epsilon or x0, or multiscale."""
     loss_weighting: str = "soft-min-snr"
+    """edm: karras, snr, min-snr or soft-min-snr."""
+    min_snr_gamma: float | None = None
+    """gamma of min-snr; 5 unless given."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, edm."""
+    sigma_density: Literal["cosine-interpolated", "v-diffusion", "lognormal", "loguniform"] = "cosine-interpolated"
+    """Distribution of the noise levels in training."""
+    sigma_min: float = 1e-3
+    """Smallest noise level, in training and sampling."""
+    sigma_max: float = 1e3
+    """Largest noise level."""
+    sigma_loc: float = -1.2
+    """Mean of ln sigma, lognormal."""
+    sigma_scale: float = 1.2
+    """Standard deviation of ln sigma, lognormal."""
+    noise_d_low: int = 32
+    """cosine-interpolated: side of the images whose signal-to-noise ratio the noisy end has."""
+    noise_d_high: int | None = None
+    """cosine-interpolated: the same at the clean end; the side of the images unless given."""
+    noise_offset: float = 0.0
+    """Strength of noise that is constant over an image and channel, for very dark and bright images."""
     class_dropout: float = 0.1
+    """Share of images whose class is withheld, for classifier-free guidance."""
     augment_prob: float = 0.0
+    """Probability of each of Karras' augmentations, which the model is told of."""
     lr: float = 5e-4
+    """AdamW's learning rate; the mapping network of HDiT has a third of it."""
+    lr_warmup: int = 0
+    """Steps over which the rate grows from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
     eps: float = 1e-8
+    """AdamW's."""
     weight_decay: float = 1e-2
+    """AdamW's, of the projections' weights only."""
     ema_decay: float = 0.9999
+    """Of the averaged weights: min(ema_decay, 1 − (1 + step)^−ema_power), constant where ema_power is None."""
     ema_power: float | None = None
+    """See ema_decay."""
     grad_clip: float | None = 1.0
-    dtype: str = "bfloat16"
+    """Largest norm of the gradient."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of autocast; the weights are float32."""
     sampler: str | None = "dpmpp_3m_sde"
+    """What samples are made with."""
     sampler_steps: int | None = 50
+    """Denoising steps of a sample."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +78,7 @@ class Configuration:
     """One published model. resolution: (height, width) in pixels that it was made for; training: None where there is
     no run."""
 
-    config: HDiTConfig | DiTConfig
+    config: HDiTConfig | DiTConfig | UViTConfig
     resolution: tuple[int, int]
     training: Training | None
     source: str

@@ -25,7 +25,7 @@ def karras(sigma, sigma_data):
 
 def soft_min_snr(sigma, sigma_data):
     """HDiT (arXiv 2401.11605, section 4.5): 1 / (sigma^2 + sigma_data^2) on x0, a smooth min(SNR, 1 / sigma_data^2)."""
-    return (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
+    return snr(sigma, sigma_data) / (1 + (sigma_data / sigma) ** 2)
 
 
 def snr(sigma, sigma_data):
@@ -33,10 +33,15 @@ def snr(sigma, sigma_data):
     return sigma_data**2 / (sigma**2 + sigma_data**2)
 
 
-def min_snr(sigma, sigma_data):
-    """Min-SNR (Hang et al. 2023, arXiv 2303.09556): min(1 / sigma^2, gamma) on x0, gamma = 5."""
-    c_out_squared = (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2)
-    return (sigma**-2).clamp(max=MIN_SNR_GAMMA) * c_out_squared
+def min_snr(sigma, sigma_data, gamma=MIN_SNR_GAMMA):
+    """Min-SNR (Hang et al. 2023, arXiv 2303.09556): min(1 / sigma^2, gamma) on x0."""
+    # sigma^2 goes inside the minimum: 1 / sigma^2 leaves float32's range long before the product does.
+    return (gamma * sigma**2).clamp(max=1) * sigma_data**2 / (sigma**2 + sigma_data**2)
+
+
+def mean_square(error):
+    """(B,): the squared error, averaged over channels and pixels."""
+    return error.square().flatten(1).mean(1)
 
 
 WEIGHTINGS: dict[str, Weighting] = {
@@ -51,13 +56,20 @@ class Denoiser(torch.nn.Module):
     """Preconditions ``model``, any callable (x, sigma, **cond) -> F(x), as EDM does.
 
     sigma_data: standard deviation of the data, positive. weighting: a name in ``WEIGHTINGS``, or a callable
-    (sigma (B,), sigma_data) -> (B,), the weight of each sample's squared error on F.
+    (sigma (B,), sigma_data) -> (B,), the weight of each sample's squared error on F. reduction: error of F
+    (B, C, H, W) -> (B,), the mean square unless given (``losses.multiscale`` is another).
 
     The coefficients are computed in float32, in float64 where an input is float64, never in half precision, under
     autocast too. What the model receives has the dtype of its parameters (x's where it has none), sigma stays wide.
     """
 
-    def __init__(self, model, sigma_data: float = 0.5, weighting: str | Weighting = "soft-min-snr"):
+    def __init__(
+        self,
+        model,
+        sigma_data: float = 0.5,
+        weighting: str | Weighting = "soft-min-snr",
+        reduction: Callable[[torch.Tensor], torch.Tensor] = mean_square,
+    ):
         super().__init__()
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, sigma, **cond), got {type(model).__name__}")
@@ -70,6 +82,7 @@ class Denoiser(torch.nn.Module):
         self.model = model
         self.sigma_data = float(sigma_data)
         self.weighting = weighting if callable(weighting) else WEIGHTINGS[weighting]
+        self.reduction = reduction
 
     def coefficients(self, sigma):
         """c_skip, c_out and c_in at ``sigma``, each of its shape."""
@@ -81,35 +94,34 @@ class Denoiser(torch.nn.Module):
 
         x: (B, C, H, W), the noised image; sigma: (B,), its noise level; cond goes to the model.
         """
-        sigma, wide = _check(x, sigma)
-        c_skip, c_out, c_in = (_per_sample(c, x) for c in self.coefficients(sigma))
-        return (c_skip * x.to(wide) + c_out * self._predict(x * c_in, x.dtype, sigma, **cond)).to(x.dtype)
+        sigma, wide = check_inputs(x, sigma)
+        c_skip, c_out, c_in = (per_sample(c, x) for c in self.coefficients(sigma))
+        return (c_skip * x.to(wide) + c_out * predict(self.model, x * c_in, x.dtype, sigma, **cond)).to(x.dtype)
 
     def loss(self, x, noise, sigma, **cond):
         """(B,): the weighted squared error on F, averaged over channels and pixels, in float32 (float64 for float64).
 
         x: (B, C, H, W), the clean image; noise: like x, standard normal; sigma: (B,), positive.
         """
-        if noise.shape != x.shape:
-            raise ValueError(f"noise must have the shape of x {tuple(x.shape)}, got {tuple(noise.shape)}")
-        sigma, wide = _check(x, sigma)
-        c_in = _per_sample(self.coefficients(sigma)[2], x)
-        noised = x.to(wide) + _per_sample(sigma, x) * noise.to(wide)
+        sigma, wide = check_inputs(x, sigma, noise)
+        c_in = per_sample(self.coefficients(sigma)[2], x)
+        noised = x.to(wide) + per_sample(sigma, x) * noise.to(wide)
         # (x - c_skip * noised) / c_out loses its digits where sigma is small (a difference of two near-equal images
         # over a small c_out). Written out, the target is a sum without cancellation.
-        ratio = _per_sample(sigma, x) / self.sigma_data
+        ratio = per_sample(sigma, x) / self.sigma_data
         target = c_in * (ratio * x.to(wide) - self.sigma_data * noise.to(wide))
-        error = self._predict(noised * c_in, x.dtype, sigma, **cond) - target
-        return error.square().flatten(1).mean(1) * self.weighting(sigma, self.sigma_data)
-
-    def _predict(self, model_input, dtype, sigma, **cond):
-        """F in sigma's dtype, from an input cast to the dtype of the model's parameters, or to ``dtype``."""
-        parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
-        dtype = next((p.dtype for p in parameters if p.is_floating_point()), dtype)
-        return self.model(model_input.to(dtype), sigma, **cond).to(sigma.dtype)
+        error = predict(self.model, noised * c_in, x.dtype, sigma, **cond) - target
+        return self.reduction(error) * self.weighting(sigma, self.sigma_data)
 
 
-def _check(x, sigma):
+def predict(model, model_input, dtype, sigma, **cond):
+    """The model's output in sigma's dtype, from an input cast to the dtype of its parameters, or to ``dtype``."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), dtype)
+    return model(model_input.to(dtype), sigma, **cond).to(sigma.dtype)
+
+
+def check_inputs(x, sigma, noise=None):
     """sigma in the dtype of the arithmetic, and that dtype."""
     if not torch.is_tensor(x) or x.dim() != 4 or not x.is_floating_point():
         got = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
@@ -117,9 +129,11 @@ def _check(x, sigma):
     if not torch.is_tensor(sigma) or sigma.shape != x.shape[:1] or not sigma.is_floating_point():
         got = f"{sigma.dtype} of shape {tuple(sigma.shape)}" if torch.is_tensor(sigma) else repr(sigma)
         raise ValueError(f"sigma must be a floating-point tensor of shape (B,) = ({x.shape[0]},), got {got}")
+    if noise is not None and noise.shape != x.shape:
+        raise ValueError(f"noise must have the shape of x {tuple(x.shape)}, got {tuple(noise.shape)}")
     wide = torch.promote_types(torch.promote_types(x.dtype, sigma.dtype), torch.float32)
     return sigma.to(wide), wide
 
 
-def _per_sample(coefficient, x):
+def per_sample(coefficient, x):
     return coefficient.view(-1, *[1] * (x.dim() - 1))

@@ -4,8 +4,7 @@ Blocks with adaLN-Zero, global attention and fixed sine-cosine positions, all at
 square of the number of pixels.
 """
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import layers
+from .config import Config, check_ints
+from .inputs import check_inputs
+from .pretrained import Model
 
 SIZES = {
     "S": (12, 384, 6),
@@ -23,7 +25,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Config):
     """Everything that determines the parameters of a DiT; DiTConfig.of_size("B") fills depth, width and heads.
 
     mlp_ratio: hidden width of the MLPs over the width. learn_sigma doubles the output channels and does nothing else:
@@ -43,20 +45,8 @@ class DiTConfig:
     mapping_cond_dim: int = 0
 
     def __post_init__(self):
-        for name in (
-            "depth",
-            "width",
-            "heads",
-            "patch_size",
-            "in_channels",
-            "mlp_ratio",
-            "num_classes",
-            "mapping_cond_dim",
-        ):
-            least = 0 if name in ("num_classes", "mapping_cond_dim") else 1
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be an int of {least} or more")
+        check_ints(self, "depth", "width", "heads", "patch_size", "in_channels", "mlp_ratio")
+        check_ints(self, "num_classes", "mapping_cond_dim", least=0)
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"width is {self.width}; it must divide by heads {self.heads}, and by 4: sines and cosines of y and x"
@@ -78,40 +68,6 @@ class DiTConfig:
     def side_multiple(self) -> tuple[int, int]:
         """(rows, columns) of pixels that the sides of an image must divide by."""
         return self.patch_size, self.patch_size
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plain: dict) -> "DiTConfig":
-        """The inverse of to_dict. An unknown field is a ValueError that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in plain:
-            if name not in known:
-                raise ValueError(f"DiTConfig has an unknown field {name!r}; it takes {', '.join(known)}")
-        return cls(**plain)
-
-
-def sinusoid(x: Tensor, features: int) -> Tensor:
-    """cat(cos, sin)(x · 10000^(−i/n)), i = 0 … n−1, n = features/2: (…,) → (…, features)."""
-    n = features // 2
-    frequency = torch.exp(torch.arange(n, dtype=x.dtype, device=x.device) * (-math.log(10000) / n))
-    phase = x[..., None] * frequency
-    return torch.cat((phase.cos(), phase.sin()), dim=-1)
-
-
-def grid_positions(height: int, width: int, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Fixed positions (height, width, features) in units of tokens: half of the features for the column, half for the
-    row."""
-    row = sinusoid(torch.arange(height, dtype=dtype, device=device), features // 2)
-    column = sinusoid(torch.arange(width, dtype=dtype, device=device), features // 2)
-    column = column.expand(height, width, features // 2)
-    return torch.cat((column, row[:, None].expand(height, width, features // 2)), dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then scale and shift (B, width) per image. x: (B, tokens, width)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 class SelfAttention(nn.Module):
@@ -142,27 +98,28 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.ada_ln(F.silu(cond)).chunk(6, dim=-1)
-        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
+        x = x + gate_a[:, None] * self.attn(layers.modulate(x, shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(layers.modulate(x, shift_m, scale_m))
 
 
-class DiT(nn.Module):
+class DiT(Model):
     """F(x; sigma): (B, in_channels, H, W) → (B, out_channels, H, W), called as HDiT is. A fresh model returns exactly
     0.
 
     DiT embeds integer timesteps 0 … 999 with sinusoids whose fastest has 1 radian per step. Here the noise level is
     continuous: t = 1000 · ln(sigma)/4, so that one radian is 0.4 % in sigma and 1e-3 … 1e3 spans −1727 … 1727,
     resolution and range like those of the original, under the c_noise that HDiT uses. Augmentation (absent in DiT) is
-    one zero-initialised projection. checkpointing = True recomputes each block in backward instead of keeping its
-    activations.
+    one zero-initialised projection.
     """
+
+    config_class = DiTConfig
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
         width, patch = config.width, (config.patch_size, config.patch_size)
         self.patch_in = layers.TokenMerge(config.in_channels, width, patch)
+        self.positions = layers.SinCosPosition()
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.class_emb = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.aug_in_proj = nn.Linear(9, width, bias=False)
@@ -196,27 +153,26 @@ class DiT(nn.Module):
         mapping_cond: Tensor | None = None,
     ) -> Tensor:
         """F(x; sigma) for x that is already times c_in; arguments, casts and errors as in HDiT.forward."""
-        layers.check_inputs(self.config, x, sigma, aug_cond, class_cond, mapping_cond)
+        check_inputs(self.config, x, sigma, aug_cond, class_cond, mapping_cond)
         cond = self.conditioning(sigma, aug_cond, class_cond, mapping_cond)
         dtype = self.patch_in.proj.weight.dtype
         x = self.patch_in(x.to(dtype).movedim(1, -1))
-        _, rows, columns, width = x.shape
-        positions = grid_positions(rows, columns, width, layers.at_least_float32(dtype), x.device)
-        x = (x + positions.to(x.dtype)).flatten(1, 2)
+        rows, columns = x.shape[1:3]
+        x = self.positions(x).flatten(1, 2)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cond, use_reentrant=False)
             else:
                 x = block(x, cond)
         shift, scale = self.out_ada_ln(F.silu(cond)).chunk(2, dim=-1)
-        x = modulate(x, shift, scale).unflatten(1, (rows, columns))
+        x = layers.modulate(x, shift, scale).unflatten(1, (rows, columns))
         return self.patch_out(x).movedim(-1, 1)
 
     def conditioning(self, sigma, aug_cond=None, class_cond=None, mapping_cond=None) -> Tensor:
         """The vector (B, width) that every block reads: the sum of all embeddings."""
         dtype = self.patch_in.proj.weight.dtype
         t = 250 * sigma.to(torch.promote_types(sigma.dtype, layers.at_least_float32(dtype))).log()
-        cond = self.time_mlp(sinusoid(t, 256).to(dtype))
+        cond = self.time_mlp(layers.sinusoid(t, 256).to(dtype))
         aug_cond = sigma.new_zeros(sigma.shape[0], 9) if aug_cond is None else aug_cond
         cond = cond + self.aug_in_proj(aug_cond.to(dtype))
         if self.class_emb is not None:

@@ -6,7 +6,7 @@ neighborhood of its tokens only, so the cost grows with the number of pixels; th
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -14,29 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import layers
-
-
-def _build(cls: type, options: dict):
-    known = [f.name for f in fields(cls)]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{cls.__name__} has an unknown field {name!r}; it takes {', '.join(known)}")
-    try:
-        return cls(**options)
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__} cannot be built from {options!r}: {error}") from error
-
-
-def _check_positive(config, *names: str, least: int = 1) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be an int of {least} or more")
-
-
-def _check_dropout(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a number in [0, 1)")
+from .config import Config, build, build_levels, check_choice, check_dropout, check_ints
+from .inputs import check_inputs
+from .pretrained import Model
 
 
 @dataclass(frozen=True)
@@ -81,14 +61,14 @@ class Level:
     def __post_init__(self):
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 3 * self.width)
-        _check_positive(self, "depth", "width", "d_ff")
-        _check_dropout("dropout", self.dropout)
+        check_ints(self, "depth", "width", "d_ff")
+        check_dropout("dropout", self.dropout)
         if self.attention is not None:
             if not isinstance(self.attention, Neighborhood | ShiftedWindow | Global):
                 raise TypeError(
                     f"attention is {self.attention!r}; it must be Neighborhood, ShiftedWindow, Global or None"
                 )
-            _check_positive(self.attention, *(f.name for f in fields(self.attention)))
+            check_ints(self.attention, *(f.name for f in fields(self.attention)))
             if self.attention.d_head % 8 or self.width % self.attention.d_head:
                 raise ValueError(
                     f"d_head is {self.attention.d_head}; it must be a multiple of 8 that divides the width {self.width}"
@@ -96,13 +76,18 @@ class Level:
 
 
 @dataclass(frozen=True)
-class HDiTConfig:
+class HDiTConfig(Config):
     """Everything that determines the parameters of an HDiT.
 
     levels: outermost first. patch_size: (rows, columns) of pixels per token of level 0; one int for both. num_classes:
     0 for none, else the table has one more row, for «no class». mapping_cond_dim: features of a custom conditioning
     vector, or 0. mapping_*: the network that turns all conditioning into one vector (mapping_d_ff: 3 x mapping_width
-    where None). feed_forward: "geglu", or "gelu" as in the ablation of the paper (Table 2), there with d_ff 4 x width.
+    where None).
+
+    The rest are the switches of the paper's ablations (Tables 1 and 2); the defaults are HDiT. feed_forward: "geglu" |
+    "gelu", there with d_ff 4 x width. output_gate: a gate per image and feature on what feed-forward blocks add, as in
+    DiT. norm: "ada-rms-norm" | "ada-layer-norm". skip: "lerp" | "add" | "concat". position: "axial-rope" | "sin-cos",
+    added to the tokens of level 0 | "learned", a table added there; position_grid: its (rows, columns) of tokens.
     """
 
     levels: tuple[Level, ...]
@@ -116,6 +101,11 @@ class HDiTConfig:
     mapping_d_ff: int | None = None
     mapping_dropout: float = 0.0
     feed_forward: Literal["geglu", "gelu"] = "geglu"
+    output_gate: bool = False
+    norm: Literal["ada-rms-norm", "ada-layer-norm"] = "ada-rms-norm"
+    skip: Literal["lerp", "add", "concat"] = "lerp"
+    position: Literal["axial-rope", "sin-cos", "learned"] = "axial-rope"
+    position_grid: tuple[int, int] | None = None
 
     def __post_init__(self):
         patch = self.patch_size
@@ -127,14 +117,29 @@ class HDiTConfig:
             raise TypeError(f"levels is {self.levels!r}; it must hold one Level or more")
         if len(self.patch_size) != 2 or not all(isinstance(p, int) and p > 0 for p in self.patch_size):
             raise ValueError(f"patch_size is {patch!r}; it must be a positive int or a (rows, columns) pair of them")
-        _check_positive(self, "in_channels", "out_channels", "mapping_width", "mapping_d_ff")
-        _check_positive(self, "num_classes", "mapping_cond_dim", "mapping_depth", least=0)
-        _check_dropout("mapping_dropout", self.mapping_dropout)
+        check_ints(self, "in_channels", "out_channels", "mapping_width", "mapping_d_ff")
+        check_ints(self, "num_classes", "mapping_cond_dim", "mapping_depth", least=0)
+        check_dropout("mapping_dropout", self.mapping_dropout)
         if self.mapping_width % 2:
             raise ValueError(f"mapping_width is {self.mapping_width}; it must be even: half cosines, half sines")
-        if self.feed_forward not in layers.UP_PROJECTIONS:
-            known = ", ".join(layers.UP_PROJECTIONS)
-            raise ValueError(f"feed_forward is {self.feed_forward!r}; it must be one of {known}")
+        check_choice(self, "feed_forward", layers.UP_PROJECTIONS)
+        check_choice(self, "output_gate", (False, True))
+        check_choice(self, "norm", layers.NORMS)
+        check_choice(self, "skip", layers.SPLITS)
+        self._check_position()
+
+    def _check_position(self) -> None:
+        check_choice(self, "position", ("axial-rope", "sin-cos", "learned"))
+        grid = self.position_grid
+        if isinstance(grid, list | tuple):
+            grid = tuple(grid)
+            object.__setattr__(self, "position_grid", grid)
+        is_pair = isinstance(grid, tuple) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
+        if is_pair != (self.position == "learned") or not (is_pair or grid is None):
+            needs = "a (rows, columns) pair of positive ints" if self.position == "learned" else "None"
+            raise ValueError(f"position_grid is {grid!r}; with position {self.position!r} it must be {needs}")
+        if self.position == "sin-cos" and self.levels[0].width % 4:
+            raise ValueError(f"width is {self.levels[0].width}; for sines and cosines of y and x it must divide by 4")
 
     @property
     def side_multiple(self) -> tuple[int, int]:
@@ -173,24 +178,23 @@ class HDiTConfig:
 
     def to_dict(self) -> dict:
         """Plain dicts, lists, strings and numbers, for JSON; attention as {"type": "neighborhood", …}."""
-        plain = asdict(self)
+        plain = super().to_dict()
         names = {kind: name for name, kind in ATTENTION_TYPES.items()}
         for level, entry in zip(self.levels, plain["levels"], strict=True):
             entry["attention"] = {"type": names[type(level.attention)], **(entry["attention"] or {})}
-        return {**plain, "levels": list(plain["levels"]), "patch_size": list(self.patch_size)}
+        lists = {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
+        return {**plain, **lists}
 
     @classmethod
     def from_dict(cls, plain: dict) -> "HDiTConfig":
         """The inverse of to_dict. An unknown field or attention type is a ValueError that lists the known ones."""
-        if "levels" not in plain:
-            raise ValueError("levels is missing from the configuration; it must be a list of levels, outermost first")
-        levels = []
-        for entry in plain["levels"]:
-            entry = dict(entry)
-            if isinstance(entry.get("attention"), dict):
-                entry["attention"] = attention_from_dict(entry["attention"])
-            levels.append(_build(Level, entry))
-        return _build(cls, {**plain, "levels": tuple(levels)})
+        return build_levels(cls, plain, level_from_dict)
+
+
+def level_from_dict(plain: dict) -> Level:
+    if isinstance(plain, dict) and isinstance(plain.get("attention"), dict):
+        plain = {**plain, "attention": attention_from_dict(plain["attention"])}
+    return build(Level, plain)
 
 
 def attention_from_dict(plain: dict) -> Neighborhood | ShiftedWindow | Global | None:
@@ -203,7 +207,7 @@ def attention_from_dict(plain: dict) -> Neighborhood | ShiftedWindow | Global | 
         if options:
             raise ValueError(f"attention type none has an unknown field {', '.join(options)}; it takes none")
         return None
-    return _build(ATTENTION_TYPES[kind], options)
+    return build(ATTENTION_TYPES[kind], options)
 
 
 class TransformerLayer(nn.Module):
@@ -211,22 +215,23 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: HDiTConfig, level: Level, index: int):
         super().__init__()
-        self.self_attn = self._attention(level, config.mapping_width, index)
-        self.ff = layers.FeedForward(level.width, level.d_ff, config.mapping_width, level.dropout, config.feed_forward)
+        self.self_attn = self._attention(config, level, index)
+        sizes = (level.width, level.d_ff, config.mapping_width, level.dropout)
+        self.ff = layers.FeedForward(*sizes, config.feed_forward, config.norm, config.output_gate)
 
     @staticmethod
-    def _attention(level: Level, cond_features: int, index: int) -> layers.SelfAttention | None:
+    def _attention(config: HDiTConfig, level: Level, index: int) -> layers.SelfAttention | None:
         spec = level.attention
         if spec is None:
             return None
-        shared = (level.width, spec.d_head, cond_features, level.dropout)
+        shared = (level.width, spec.d_head, config.mapping_width, level.dropout)
+        options = {"norm": config.norm, "rope": config.position == "axial-rope"}
         if isinstance(spec, Neighborhood):
-            return layers.NeighborhoodSelfAttention(*shared, spec.kernel_size)
+            return layers.NeighborhoodSelfAttention(*shared, spec.kernel_size, **options)
         if isinstance(spec, ShiftedWindow):
-            return layers.ShiftedWindowSelfAttention(
-                *shared, spec.window_size, spec.window_size // 2 if index % 2 else 0
-            )
-        return layers.GlobalSelfAttention(*shared)
+            shift = spec.window_size // 2 if index % 2 else 0
+            return layers.ShiftedWindowSelfAttention(*shared, spec.window_size, shift, **options)
+        return layers.GlobalSelfAttention(*shared, **options)
 
     def forward(self, x: Tensor, cond: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         if self.self_attn is not None:
@@ -234,19 +239,24 @@ class TransformerLayer(nn.Module):
         return self.ff(x, cond)
 
 
-class HDiT(nn.Module):
+class HDiT(Model):
     """F(x; sigma): (B, in_channels, H, W) → (B, out_channels, H, W). Preconditioning and losses are hdit.diffusion's.
 
-    A fresh model returns exactly 0. checkpointing = True recomputes each layer in backward instead of keeping its
-    activations.
+    A fresh model returns exactly 0.
     """
+
+    config_class = HDiTConfig
 
     def __init__(self, config: HDiTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
         width, levels = config.mapping_width, config.levels
         self.patch_in = layers.TokenMerge(config.in_channels, levels[0].width, config.patch_size)
+        self.position = None
+        if config.position == "sin-cos":
+            self.position = layers.SinCosPosition()
+        elif config.position == "learned":
+            self.position = layers.LearnedPosition(config.position_grid, levels[0].width)
 
         self.time_emb = layers.FourierFeatures(1, width)
         self.time_in_proj = nn.Linear(width, width, bias=False)
@@ -265,7 +275,7 @@ class HDiT(nn.Module):
         self.up_levels = nn.ModuleList(stack(level, level.depth) for level in levels[:-1])
         pairs = list(itertools.pairwise(levels))
         self.merges = nn.ModuleList(layers.TokenMerge(outer.width, inner.width) for outer, inner in pairs)
-        self.splits = nn.ModuleList(layers.TokenSplitLerp(inner.width, outer.width) for outer, inner in pairs)
+        self.splits = nn.ModuleList(layers.SPLITS[config.skip](inner.width, outer.width) for outer, inner in pairs)
 
         self.out_norm = layers.RMSNorm(levels[0].width)
         self.patch_out = layers.TokenSplit(levels[0].width, config.out_channels, config.patch_size)
@@ -286,11 +296,12 @@ class HDiT(nn.Module):
         «no class». mapping_cond (B, mapping_cond_dim). ValueError for shapes, dtypes and classes that the
         configuration does not have.
         """
-        layers.check_inputs(self.config, x, sigma, aug_cond, class_cond, mapping_cond)
+        check_inputs(self.config, x, sigma, aug_cond, class_cond, mapping_cond)
         self._check_levels(x.shape[2], x.shape[3])
         cond = self.conditioning(sigma, aug_cond, class_cond, mapping_cond)
 
         x = self.patch_in(x.to(self.patch_in.proj.weight.dtype).movedim(1, -1))
+        x = x if self.position is None else self.position(x)
         skips = []
         for level, merge in zip(self.down_levels, self.merges, strict=True):
             x = self._run(level, x, cond)
@@ -343,7 +354,7 @@ class HDiT(nn.Module):
         """
         groups = {(slow, decays): [] for slow in (False, True) for decays in (True, False)}
         for name, parameter in self.named_parameters():
-            slow = name.startswith("mapping.") or ".norm.linear." in name
+            slow = name.startswith("mapping.") or ".norm.linear." in name or ".gate." in name
             embedding = name.startswith(("time_in_proj.", "aug_in_proj.", "class_emb.", "mapping_cond_in_proj."))
             groups[slow, name.endswith(".weight") and not embedding].append(parameter)
         return [

@@ -51,6 +51,30 @@ class AdaRMSNorm(nn.Module):
         )  # 1 + change would lose its low bits in bf16
 
 
+class AdaLayerNorm(nn.Module):
+    """LayerNorm without parameters, then · (1 + scale) + shift, both linear in the conditioning: adaLN of DiT."""
+
+    def __init__(self, features: int, cond_features: int):
+        super().__init__()
+        self.linear = zero_init(nn.Linear(cond_features, 2 * features, bias=False))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        return modulate(x, *self.linear(cond).chunk(2, dim=-1))
+
+
+NORMS = {"ada-rms-norm": AdaRMSNorm, "ada-layer-norm": AdaLayerNorm}
+
+
+def per_image(vector: Tensor, x: Tensor) -> Tensor:
+    """(B, C) → (B, 1, …, C), to meet x (B, …, C)."""
+    return vector.unflatten(0, (-1, *(1,) * (x.ndim - 2)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without parameters, then scale and shift (B, C) per image. x: (B, …, C)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + per_image(scale, x)) + per_image(shift, x)
+
+
 class LinearGEGLU(nn.Linear):
     """A bias-free projection to (value, gate), then value · gelu(gate). The weight is (2·out_features, in_features)."""
 
@@ -75,17 +99,32 @@ UP_PROJECTIONS = {"geglu": LinearGEGLU, "gelu": LinearGELU}
 
 
 class FeedForward(nn.Module):
-    """x + down(dropout(up(ada_norm(x, cond)))), pointwise over the tokens."""
+    """x + gate(cond) · down(dropout(up(norm(x, cond)))), pointwise over the tokens; by default without the gate.
 
-    def __init__(self, width: int, d_ff: int, cond_features: int, dropout: float, up: str = "geglu"):
+    Either the gate or down_proj starts at zero: both would never learn.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        d_ff: int,
+        cond_features: int,
+        dropout: float,
+        up: str = "geglu",
+        norm: str = "ada-rms-norm",
+        output_gate: bool = False,
+    ):
         super().__init__()
-        self.norm = AdaRMSNorm(width, cond_features)
+        self.norm = NORMS[norm](width, cond_features)
         self.up_proj = UP_PROJECTIONS[up](width, d_ff)
         self.dropout = nn.Dropout(dropout)
-        self.down_proj = zero_init(nn.Linear(d_ff, width, bias=False))
+        self.down_proj = nn.Linear(d_ff, width, bias=False)
+        self.gate = nn.Linear(cond_features, width, bias=False) if output_gate else None
+        zero_init(self.gate if output_gate else self.down_proj)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return x + self.down_proj(self.dropout(self.up_proj(self.norm(x, cond))))
+        change = self.down_proj(self.dropout(self.up_proj(self.norm(x, cond))))
+        return x + (change if self.gate is None else per_image(self.gate(cond), x) * change)
 
 
 class MappingFeedForward(nn.Module):
@@ -158,16 +197,56 @@ def axial_positions(height: int, width: int, dtype: torch.dtype, device: torch.d
     return y, x
 
 
+def sinusoid(x: Tensor, features: int) -> Tensor:
+    """cat(cos, sin)(x · 10000^(−i/n)), i = 0 … n−1, n = features/2: (…,) → (…, features)."""
+    n = features // 2
+    frequency = torch.exp(torch.arange(n, dtype=x.dtype, device=x.device) * (-math.log(10000) / n))
+    phase = x[..., None] * frequency
+    return torch.cat((phase.cos(), phase.sin()), dim=-1)
+
+
+def grid_positions(height: int, width: int, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed positions (height, width, features) in units of tokens: half of the features for the column, half for the
+    row (DiT's)."""
+    row = sinusoid(torch.arange(height, dtype=dtype, device=device), features // 2)
+    column = sinusoid(torch.arange(width, dtype=dtype, device=device), features // 2)
+    column = column.expand(height, width, features // 2)
+    return torch.cat((column, row[:, None].expand(height, width, features // 2)), dim=-1)
+
+
+class SinCosPosition(nn.Module):
+    """x + the fixed positions of its grid. x: (B, H, W, features), features divisible by 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = grid_positions(*x.shape[1:], at_least_float32(x.dtype), x.device)
+        return x + positions.to(x.dtype)
+
+
+class LearnedPosition(nn.Module):
+    """x + a learned table of positions, which other grids than its own see interpolated. x: (B, H, W, features)."""
+
+    def __init__(self, grid: tuple[int, int], features: int):
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(features, *grid))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table[None]
+        if x.shape[1:3] != table.shape[2:]:
+            table = F.interpolate(table, x.shape[1:3], mode="bilinear", align_corners=False)
+        return x + table.movedim(1, -1).to(x.dtype)
+
+
 class AxialRoPE(ConstantBuffers):
     """Rotary angles per head and axis: positions times π·10^((j + h/heads)/r), j = 0 … r−1, r = d_head/8.
 
-    The heads interleave their frequencies, between π and 10π, the same for both axes (HDiT, section 4.3).
+    The heads interleave their frequencies, between π and 10π, the same for both axes (HDiT, section 4.3). turns =
+    False: all are zero, which turns nothing, for models whose tokens know their positions in another way.
     """
 
-    def __init__(self, heads: int, d_head: int):
+    def __init__(self, heads: int, d_head: int, turns: bool = True):
         super().__init__()
         r = d_head // 8
-        freqs = [[math.pi * 10 ** ((j + h / heads) / r) for j in range(r)] for h in range(heads)]
+        freqs = [[turns * math.pi * 10 ** ((j + h / heads) / r) for j in range(r)] for h in range(heads)]
         self.register_buffer("freqs", torch.tensor(freqs))
 
     def forward(self, positions: tuple[Tensor, Tensor]) -> AxialRope:
@@ -181,13 +260,21 @@ class SelfAttention(nn.Module):
 
     kind: str  # what hdit.flops calls the attention's own products
 
-    def __init__(self, width: int, d_head: int, cond_features: int, dropout: float):
+    def __init__(
+        self,
+        width: int,
+        d_head: int,
+        cond_features: int,
+        dropout: float,
+        norm: str = "ada-rms-norm",
+        rope: bool = True,
+    ):
         super().__init__()
         self.heads, self.d_head = width // d_head, d_head
-        self.norm = AdaRMSNorm(width, cond_features)
+        self.norm = NORMS[norm](width, cond_features)
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.scale = nn.Parameter(torch.full((self.heads,), 10.0))
-        self.pos_emb = AxialRoPE(self.heads, d_head)
+        self.pos_emb = AxialRoPE(self.heads, d_head, rope)
         self.dropout = nn.Dropout(dropout)
         self.out_proj = zero_init(nn.Linear(width, width, bias=False))
 
@@ -206,8 +293,8 @@ class NeighborhoodSelfAttention(SelfAttention):
 
     kind = "neighborhood"
 
-    def __init__(self, width: int, d_head: int, cond_features: int, dropout: float, kernel_size: int):
-        super().__init__(width, d_head, cond_features, dropout)
+    def __init__(self, width: int, d_head: int, cond_features: int, dropout: float, kernel_size: int, **options):
+        super().__init__(width, d_head, cond_features, dropout, **options)
         self.kernel_size = kernel_size
 
     def attend(self, qkv: Tensor, rope: AxialRope) -> Tensor:
@@ -232,8 +319,10 @@ class ShiftedWindowSelfAttention(SelfAttention):
 
     kind = "window"
 
-    def __init__(self, width: int, d_head: int, cond_features: int, dropout: float, window_size: int, shift: int):
-        super().__init__(width, d_head, cond_features, dropout)
+    def __init__(
+        self, width: int, d_head: int, cond_features: int, dropout: float, window_size: int, shift: int, **options
+    ):
+        super().__init__(width, d_head, cond_features, dropout, **options)
         self.window, self.shift = window_size, shift
 
     def attend(self, qkv: Tensor, rope: AxialRope) -> Tensor:
@@ -310,55 +399,22 @@ class TokenSplitLerp(TokenSplit):
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
-def check_inputs(config, x, sigma, aug_cond, class_cond, mapping_cond) -> None:
-    """Refuse what a model of this configuration cannot take, in one sentence, before any work.
+class TokenSplitAdd(TokenSplit):
+    """TokenSplit, then the sum with the skip."""
 
-    config: in_channels, side_multiple, num_classes and mapping_cond_dim are read. The values of class_cond are looked
-    at on the CPU only: elsewhere that would wait for the device.
-    """
-    channels = config.in_channels
-    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
-        raise ValueError(f"x is {_describe(x)}; it must be floating point of shape (B, {channels}, H, W)")
-    batch, _, height, width = x.shape
-    rows, columns = config.side_multiple
-    if height == 0 or width == 0 or height % rows or width % columns:
-        needs = f"a height divisible by {rows} and a width divisible by {columns}"
-        raise ValueError(f"x is {height} x {width} pixels; this model needs {needs}")
-    _check_tensor("sigma", sigma, (batch,))
-    if aug_cond is not None:
-        _check_tensor("aug_cond", aug_cond, (batch, 9))
-    for name, value, size in (
-        ("class_cond", class_cond, config.num_classes),
-        ("mapping_cond", mapping_cond, config.mapping_cond_dim),
-    ):
-        if (value is None) != (size == 0):
-            field = "num_classes" if name == "class_cond" else "mapping_cond_dim"
-            given = "missing" if value is None else "given"
-            raise ValueError(f"{name} is {given}; this model has {field} = {size}")
-    if mapping_cond is not None:
-        _check_tensor("mapping_cond", mapping_cond, (batch, config.mapping_cond_dim))
-    if class_cond is not None:
-        _check_tensor("class_cond", class_cond, (batch,), integers=True)
-        _check_classes(class_cond, config.num_classes)
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return super().forward(x) + skip
 
 
-def _describe(value) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+class TokenSplitConcat(TokenSplit):
+    """TokenSplit, then a bias-free projection of (x, skip), side by side, to the width of one: a U-Net's skip."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.skip_proj = nn.Linear(2 * out_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.skip_proj(torch.cat((super().forward(x), skip), dim=-1))
 
 
-def _check_tensor(name: str, value: Tensor, shape: tuple[int, ...], integers: bool = False) -> None:
-    kind = "int64 or int32" if integers else "floating point"
-    fits = isinstance(value, Tensor) and value.shape == shape
-    if not fits or not (value.dtype in (torch.int64, torch.int32) if integers else value.is_floating_point()):
-        raise ValueError(f"{name} is {_describe(value)}; it must be {kind} of shape {tuple(shape)}")
-
-
-def _check_classes(class_cond: Tensor, num_classes: int) -> None:
-    if torch.compiler.is_compiling() or class_cond.device.type != "cpu" or class_cond.numel() == 0:
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap has no one value to look at
-        return
-    low, high = class_cond.min().item(), class_cond.max().item()
-    if low < 0 or high > num_classes:
-        accepted = f"0 … {num_classes - 1}, or {num_classes} for no class"
-        raise ValueError(f"class_cond has values from {low} to {high}; this model takes {accepted}")
+SPLITS = {"lerp": TokenSplitLerp, "add": TokenSplitAdd, "concat": TokenSplitConcat}
