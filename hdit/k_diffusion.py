@@ -4,10 +4,15 @@ Only ``image_transformer_v2``, which is HDiT. Modules here have k-diffusion's na
 translation.
 """
 
+import json
+import pickle
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
+from .models import pretrained
 from .models.hdit import Global, HDiT, HDiTConfig, Level, Neighborhood, attention_from_dict
-from .models.pretrained import check_names
 
 MODEL_TYPE = "image_transformer_v2"
 
@@ -73,8 +78,70 @@ def load_state_dict(model: HDiT, state_dict: dict[str, Tensor]) -> None:
     ValueError, in one sentence with every name: missing names, names that the model does not have, and shapes that
     differ.
     """
-    check_names(model.state_dict(), state_dict)
+    pretrained.check_names(model.state_dict(), state_dict)
     model.load_state_dict(state_dict)
+
+
+def load_checkpoint(path: str | Path, config: dict | None = None, *, ema: bool = True) -> pretrained.Pretrained:
+    """The model of a checkpoint of k-diffusion, and its metadata as `hdit train` writes them: objective, resolution.
+
+    path: a training checkpoint (.pth; nothing in it is executed), of which the averaged weights are taken, or with ema
+    = False those of the last step; or the safetensors file of its convert_for_inference. config: its JSON, parsed;
+    needed where the file does not hold it. ValueError, in one sentence, for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"path {path} is no file; it must be a checkpoint of k-diffusion")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    state_dict, own_config = read(path, "model_ema" if ema else "model")
+    config = own_config if config is None else config
+    if not isinstance(config, dict):
+        raise ValueError(f"path {path} holds no configuration; that of its training, a JSON file, must be given")
+    model = model_from_config(config)
+    load_state_dict(model, {_without_wrappers(name): tensor for name, tensor in state_dict.items()})
+    return pretrained.Pretrained(model.eval(), metadata(config))
+
+
+def metadata(config: dict) -> dict:
+    """What a configuration says about the use of its model. ValueError for an objective other than EDM's."""
+    model = {name: value for name, value in config["model"].items() if value is not None}
+    loss, weighting = model.get("loss_config", "karras"), model.get("loss_weighting", "karras")
+    if loss not in ("karras", "simple") or model.get("has_variance"):
+        raise ValueError(f"model.loss_config is {loss!r}; it must be karras or simple, and has_variance false")
+    objective = {"type": "edm", "sigma_data": model.get("sigma_data", 1.0), "weighting": weighting}
+    objective |= {name: model[name] for name in ("sigma_min", "sigma_max") if name in model}
+    size = model.get("input_size")
+    resolution = [size, size] if isinstance(size, int) else size
+    return {"objective": objective, **({"resolution": resolution} if resolution else {})}
+
+
+def _read_safetensors(path: Path, weights: str) -> tuple[dict[str, Tensor], dict | None]:
+    """The tensors, of these weights where there are several (``model_ema.…``), and the configuration in the header."""
+    header, tensors = pretrained.read_header(path), pretrained.read_tensors(path)
+    chosen = {name.removeprefix(f"{weights}."): t for name, t in tensors.items() if name.startswith(f"{weights}.")}
+    return chosen or tensors, pretrained.from_json(path, header, "config") if "config" in header else None
+
+
+def _read_pickle(path: Path, weights: str) -> tuple[dict[str, Tensor], dict | None]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise ValueError(f"path {path} cannot be read as a checkpoint of tensors and plain values: {reason}") from error
+    if isinstance(content, dict) and content and all(isinstance(t, Tensor) for t in content.values()):
+        return content, None
+    if not isinstance(content, dict) or not isinstance(content.get(weights), dict):
+        raise ValueError(f"path {path} has no {weights!r}; a training checkpoint of k-diffusion has")
+    config = content.get("config")
+    return content[weights], json.loads(config) if isinstance(config, str) else config
+
+
+def _without_wrappers(name: str) -> str:
+    """The name of a parameter inside the denoiser, DistributedDataParallel and torch.compile."""
+    wrappers = ("inner_model.", "module.", "_orig_mod.")
+    while name.startswith(wrappers):
+        name = name.partition(".")[2]
+    return name
 
 
 def _check_names(config: dict) -> None:

@@ -1,9 +1,23 @@
-"""Published configurations by name: `get("ffhq_1024").config` is what HDiT takes, `.training` how it was trained."""
+"""Published configurations by name: `get("ffhq_1024").config` is what HDiT takes, `.training` how it was trained.
 
-from . import dit_b4, ffhq_1024, hdit_b4, imagenet_128, imagenet_256, oxford_flowers_256, oxford_flowers_256_window
+The ablations of the papers are in `ablations`.
+"""
+
+from . import (
+    ablations,
+    dit_b4,
+    ffhq_1024,
+    hdit_b4,
+    imagenet_128,
+    imagenet_256,
+    oxford_flowers_256,
+    oxford_flowers_256_window,
+    uvit_imagenet_64,
+    uvit_imagenet_128,
+)
 from .recipe import Configuration, Training
 
-__all__ = ["Configuration", "Training", "get", "names"]
+__all__ = ["Configuration", "Training", "ablations", "get", "names"]
 
 _CONFIGURATIONS: dict[str, Configuration] = {
     **{
@@ -17,6 +31,8 @@ _CONFIGURATIONS: dict[str, Configuration] = {
             oxford_flowers_256,
             oxford_flowers_256_window,
             dit_b4,
+            uvit_imagenet_64,
+            uvit_imagenet_128,
         )
     },
     **hdit_b4.family,

@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from ..models import DiTConfig, HDiTConfig
+from ..models import DiTConfig, HDiTConfig, UViTConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Configuration:
     """One published model. resolution: (height, width) in pixels that it was made for; training: None where there is
     no run."""
 
-    config: HDiTConfig | DiTConfig
+    config: HDiTConfig | DiTConfig | UViTConfig
     resolution: tuple[int, int]
     training: Training | None
     source: str

@@ -2,7 +2,7 @@
 
 from .dit import DiT, DiTConfig
 from .hdit import Global, HDiT, HDiTConfig, Level, Neighborhood, ShiftedWindow
-from .pretrained import Model
+from .pretrained import Model, from_config
 from .uvit import UViT, UViTConfig, UViTLevel
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "UViT",
     "UViTConfig",
     "UViTLevel",
+    "from_config",
 ]

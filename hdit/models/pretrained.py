@@ -7,7 +7,6 @@ and whatever else was given to save_pretrained, each value in JSON (objective, r
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..files import replacing
 from .config import Config
 
 FORMAT = "hdit"
@@ -60,6 +60,15 @@ class Model(nn.Module):
                 f"path {path} holds a {type(model).__name__}; {cls.__name__}.from_pretrained needs a {cls.__name__}"
             )
         return model
+
+
+def from_config(config: Config) -> Model:
+    """A fresh model of the class that this configuration is for."""
+    for cls in Model.__subclasses__():
+        if type(config) is cls.config_class:
+            return cls(config)
+    known = ", ".join(sorted(cls.config_class.__name__ for cls in Model.__subclasses__()))
+    raise TypeError(f"config is {type(config).__name__}; it must be one of {known}")
 
 
 class Pretrained(NamedTuple):
@@ -141,30 +150,15 @@ def check_names(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str 
 
 
 def write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """A safetensors file under this name: whole, or not there. What was there before stays until then.
-
-    It is written under another name in the same folder, brought to the disk, and renamed.
-    """
+    """A safetensors file under this name: whole, or not there. What was there before stays until then."""
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path {path} lies in no existing folder")
     if path.is_dir():
         raise ValueError(f"path {path} is a folder; it must be the name of a file")
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, header)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the new name itself; Windows cannot, and needs it not
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_header(path: str | Path) -> dict[str, str]:

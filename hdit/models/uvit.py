@@ -98,6 +98,11 @@ class UViTConfig(Config):
         return build_levels(cls, plain, lambda level: build(UViTLevel, level))
 
 
+def group_norm(width: int) -> nn.GroupNorm:
+    """32 groups, or as many as give each 4 channels."""
+    return nn.GroupNorm(math.gcd(32, width, max(1, width // 4)), width)
+
+
 class ResBlock(nn.Module):
     """x + conv(dropout(silu(film(norm(conv(silu(norm(x)))))))): the conditioning scales and shifts between the two.
 
@@ -107,11 +112,10 @@ class ResBlock(nn.Module):
     def __init__(self, config: UViTConfig, level: UViTLevel):
         super().__init__()
         width = level.width
-        groups = math.gcd(32, width)
-        self.in_norm = nn.GroupNorm(groups, width)
+        self.in_norm = group_norm(width)
         self.in_conv = nn.Conv2d(width, width, 3, padding=1)
         self.film = layers.zero_init(nn.Linear(config.embedding_width, 2 * width))
-        self.out_norm = nn.GroupNorm(groups, width)
+        self.out_norm = group_norm(width)
         self.dropout = nn.Dropout(level.dropout)
         self.out_conv = layers.zero_init(nn.Conv2d(width, width, 3, padding=1))
 
@@ -237,7 +241,7 @@ class UViT(Model):
         pairs = [(outer.width, inner.width) for outer, inner in itertools.pairwise(levels)]
         self.merges = nn.ModuleList(Downsample(config.downsampling, outer, inner) for outer, inner in pairs)
         self.splits = nn.ModuleList(Upsample(config.downsampling, inner, outer) for outer, inner in pairs)
-        self.out_norm = nn.GroupNorm(math.gcd(32, levels[0].width), levels[0].width)
+        self.out_norm = group_norm(levels[0].width)
         self.patch_out = layers.zero_init(nn.Conv2d(levels[0].width, config.out_channels * pixels, 3, padding=1))
 
     def forward(
