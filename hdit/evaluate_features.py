@@ -1,4 +1,4 @@
-"""Feature extractors: images (B, 3, H, W) float32 in [-1, 1] with 8-bit levels -> features, of which distances are taken.
+"""Feature extractors: images (B, 3, H, W) float32 in [-1, 1] with 8-bit levels -> features to take distances of.
 
 ``pixels`` and ``patches`` need no weights, so anybody gets the same numbers; ``inception`` and ``dinov2`` are those of
 torch-fidelity, for comparison with papers; any TorchScript file or callable is one, too.
@@ -76,7 +76,7 @@ class Patches(Extractor):
         self.resize = f"none; {self.per_image} patches of {self.side}×{self.side} pixels per image"
 
     def __call__(self, images, first):
-        count, channels, height, width = images.shape
+        height, width = images.shape[2:]
         if min(height, width) < self.side:
             raise ValueError(f"patches need images of at least {self.side} pixels, got {height}×{width}")
         rows = []
@@ -84,19 +84,18 @@ class Patches(Extractor):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first + i)
             corners = torch.rand(self.per_image, 2, generator=generator, dtype=torch.float64)
             tops, lefts = (corners * torch.tensor([height - self.side + 1, width - self.side + 1])).long().T
-            offset = torch.arange(self.side)
-            y, x = tops[:, None, None] + offset[:, None], lefts[:, None, None] + offset
-            rows.append(image[:, y, x].transpose(0, 1))  # (patches, 3, 8, 8)
+            windows = image.unfold(1, self.side, 1).unfold(2, self.side, 1)  # a view (3, rows, columns, 8, 8)
+            rows.append(windows[:, tops, lefts].transpose(0, 1))
         patches = torch.cat(rows).double()
         cosine, mixing, weight = (value.to(patches.device) for value in (self.cosine, self.channels, self.weight))
-        spectrum = torch.einsum("ij,pcjk,lk,dc->pdil", cosine, patches, cosine, mixing) * weight
+        spectrum = (mixing @ (cosine @ patches @ cosine.T).flatten(2)).unflatten(2, (self.side, self.side)) * weight
         spectrum = spectrum.flatten(2)
         features = torch.cat([spectrum.flatten(1), spectrum[:, :, 1:].abs().flatten(1)], 1)
-        return features.view(count, self.per_image, -1)
+        return features.view(len(images), self.per_image, -1)
 
 
 class TorchFidelity(Extractor):
-    """Extractors of torch-fidelity: Inception (FID as papers print it, after the TensorFlow graph of 2015), DINOv2 L/14."""
+    """Of torch-fidelity: Inception (FID as papers print it, after the TensorFlow graph of 2015), and DINOv2 L/14."""
 
     KINDS = {  # noqa: RUF012
         "inception": ("inception-v3-compat", ["2048", "logits_unbiased"], "TensorFlow 1 bilinear to 299×299, inside"),

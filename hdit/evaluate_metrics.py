@@ -1,5 +1,5 @@
-"""Distances between two sets of features, in float64: Fréchet, kernel (KID), precision and recall, density and coverage;
-and the Inception Score of class probabilities. Every function takes tensors, whatever the features are."""
+"""Distances between two sets of features, in float64: Fréchet, kernel (KID), precision and recall, density and
+coverage; and the Inception Score of class probabilities. Every function takes tensors, of whatever features."""
 
 import math
 from typing import NamedTuple

@@ -1,7 +1,4 @@
-"""What a distance of features at 299² or less does not see: energy by spatial frequency, and peaks at the patch grid."""
-
-import math
-from pathlib import Path
+"""What distances of features at 299² or less do not see: energy by spatial frequency, and peaks at the patch grid."""
 
 import torch
 from torch import Tensor
@@ -60,13 +57,13 @@ class Spectrum:
         power = self.power()
         return float(power[frequencies(power) >= HIGH].sum())
 
-    def slope(self) -> float:
+    def slope(self) -> float | None:
         """Exponent of power = c · frequency^slope, least squares on logarithms between 1/16 and 0.4 cycles per pixel;
-        about −2 for photographs (Field 1987)."""
+        about −2 for photographs (Field 1987). None for images that are too small or have no variance."""
         frequency, power = self.radial()
         kept = (frequency >= SLOPE_RANGE[0]) & (frequency <= SLOPE_RANGE[1]) & (power > 0)
         if kept.sum() < 2:
-            raise ValueError(f"a slope needs images of at least 16 pixels with some variance, got {self.total.shape}")
+            return None
         x, y = frequency[kept].log(), power[kept].log()
         x = x - x.mean()
         return float((x * y).sum() / x.square().sum())
@@ -79,21 +76,21 @@ class Spectrum:
         multiple is on one: there photographs have more power than beside it.
         """
         power = self.power()
+        power = power + 1e-12 * power.mean() + 1e-30  # so that images without variance give 1
         height, width = power.shape
         if patch_size < 2 or min(height, width) < 4 * patch_size:
             raise ValueError(
                 f"patch_size must be at least 2 and a quarter of the image at most, got {patch_size} for "
                 f"{height}×{width} pixels"
             )
-        reach = {0: 0} | {n: max(2, min(4, n // 2)) for n in (height // patch_size, width // patch_size)}
+        reach = [max(2, min(4, side // patch_size // 2)) for side in (height, width)]
         ratios = []
         for a in range(patch_size // 2 + 1):
             for b in range(-(patch_size // 2), patch_size // 2 + 1):
                 if a == b == 0:
                     continue
                 y, x = round(a * height / patch_size), round(b * width / patch_size)
-                rows = reach[height // patch_size] if a else 0
-                columns = reach[width // patch_size] if b else 0
+                rows, columns = (reach[0] if a else 0), (reach[1] if b else 0)
                 around = [
                     power[(y + dy) % height, (x + dx) % width]
                     for dy in range(-rows, rows + 1)
@@ -110,36 +107,17 @@ def frequencies(power: Tensor) -> Tensor:
     return torch.hypot(y[:, None], x[None, :])
 
 
-def compare(real: Spectrum, samples: Spectrum, patch_size: int) -> dict[str, float]:
-    """high_frequency_ratio: energy above half of Nyquist, samples over real (below 1: blurred); slopes; grid peaks."""
-    return {
-        "high_frequency_ratio": samples.high_energy() / real.high_energy() if real.high_energy() else math.inf,
+def compare_spectra(real: Spectrum, samples: Spectrum, patch_size: int) -> dict[str, float | int | None]:
+    """high_frequency_ratio: energy above half of Nyquist, samples over real (below 1: blurred); slopes; grid peaks.
+
+    None for what is undefined: of images without any variance, or too small for the patch size.
+    """
+    high = real.high_energy()
+    found = {
+        "high_frequency_ratio": samples.high_energy() / high if high else None,
         "slope": samples.slope(),
         "slope_real": real.slope(),
-        "grid_peak": samples.grid_peak(patch_size),
-        "grid_peak_real": real.grid_peak(patch_size),
     }
-
-
-def draw(real: Spectrum, samples: dict[str, Spectrum], patch_size: int, path: Path):
-    """Radially averaged spectra as a log-log plot: real black, every set of samples a colour; the patch grid's
-    frequencies as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 5.6), layout="constrained")
-    for name, spectrum in samples.items():
-        axes.loglog(*spectrum.radial(), label=f"{name}, {spectrum.count} images", linewidth=1.6)
-    axes.loglog(*real.radial(), label=f"real, {real.count} images", color="black", linewidth=1.6)
-    for multiple in range(1, patch_size // 2 + 1):
-        axes.axvline(multiple / patch_size, color="0.8", linewidth=1, zorder=0)
-    axes.axvline(HIGH, color="0.8", linewidth=1, linestyle=":", zorder=0)
-    axes.set_xlabel(f"cycles per pixel (grey: multiples of 1/{patch_size}, the patch grid; dotted: half of Nyquist)")
-    axes.set_ylabel("power (white noise of variance v: v)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("Radially averaged power spectrum", loc="left", weight="bold")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    if min(samples.power().shape) >= 4 * patch_size:
+        found |= {"grid_peak": samples.grid_peak(patch_size), "grid_peak_real": real.grid_peak(patch_size)}
+    return found | {"patch_size": patch_size}
