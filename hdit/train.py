@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from . import augmentation, checkpoints, configs, data, export, flops, models, sample, train_log
-from .configs.recipe import Training
+from .configs import Configuration, Training
 from .diffusion import losses, schedules
 from .files import remove_leftovers, replacing
 from .models import pretrained
@@ -146,10 +146,14 @@ def noise_levels(recipe: Training, height: int, width: int):
 
 
 class Run:
-    """One training run: the model, its average, the optimizer, the stream of images, and where it stands."""
+    """One training run: the model, its average, the optimizer, the stream of images, and where it stands.
 
-    def __init__(self, options: Train):
+    configuration: what ``options.config`` names, or one that has no name.
+    """
+
+    def __init__(self, options: Train, configuration: Configuration | None = None):
         self.options, self.recipe = options, options.recipe
+        self.published = configuration or configs.get(options.config)
         self._check()
         self.accelerator = _accelerator(options, self.recipe.dtype)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -218,8 +222,7 @@ class Run:
 
     def _images_and_config(self):
         """The images; the model's configuration, with as many classes as they have; and the name of its class."""
-        options = self.options
-        published = configs.get(options.config)
+        options, published = self.options, self.published
         height, width = (
             made_for if given is None else given
             for made_for, given in zip(published.resolution, (options.height, options.width), strict=True)
