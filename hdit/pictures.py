@@ -34,7 +34,7 @@ def grid(images: Tensor, columns: int | None = None, captions: Sequence[str] | N
 
         def unshapely(columns):
             rows = math.ceil(count / columns)
-            return abs(math.log(columns * width / (rows * height) * 3 / 4)) + 2 * (rows * columns / count - 1)
+            return abs(math.log(columns * width / (rows * height) * 3 / 4)) + 3 * (rows * columns / count - 1)
 
         columns = min(range(1, count + 1), key=unshapely)
     gap, line = max(2, width // 32), 14 if captions else 0
