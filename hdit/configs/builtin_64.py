@@ -24,7 +24,6 @@ training = Training(
     lr_warmup=100,
     ema_decay=0.999,
     ema_power=0.75,
-    dtype="float32",
     sampler="dpmpp_2m",
     sampler_steps=25,
 )
