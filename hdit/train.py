@@ -26,8 +26,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import augmentation, checkpoints, configs, data, export, models, sample, train_log
-from .configs.recipe import Training
+from . import augmentation, checkpoints, configs, data, export, flops, models, sample, train_log
+from .configs import Configuration, Training
 from .diffusion import losses, schedules
 from .files import remove_leftovers, replacing
 from .models import pretrained
@@ -133,16 +133,27 @@ def noise_levels(recipe: Training, height: int, width: int):
     ends = {"sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max}
     if name == "loguniform":
         return schedules.density(name, **ends)
+    if name == "simple-diffusion":
+        options = (max(height, width), recipe.noise_d_low, recipe.noise_d_high)
+        limits = (-2 * math.log(recipe.sigma_max), -2 * math.log(recipe.sigma_min))
+        zero = recipe.zero_terminal
+        return lambda u: schedules.logsnr_to_sigma(
+            schedules.logsnr_interpolated(1 - u, *options, *limits, zero_terminal=zero)
+        )
     images = {"image_d": max(height, width), "noise_d_low": recipe.noise_d_low, "noise_d_high": recipe.noise_d_high}
     given = images if name == "cosine-interpolated" else {}
     return schedules.density(name, sigma_data=recipe.sigma_data, **given, **ends)
 
 
 class Run:
-    """One training run: the model, its average, the optimizer, the stream of images, and where it stands."""
+    """One training run: the model, its average, the optimizer, the stream of images, and where it stands.
 
-    def __init__(self, options: Train):
+    configuration: what ``options.config`` names, or one that has no name.
+    """
+
+    def __init__(self, options: Train, configuration: Configuration | None = None):
         self.options, self.recipe = options, options.recipe
+        self.published = configuration or configs.get(options.config)
         self._check()
         self.accelerator = _accelerator(options, self.recipe.dtype)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -157,6 +168,7 @@ class Run:
 
         torch.manual_seed(seed_of(options.seed, WEIGHTS))
         self.network = getattr(models, self.model_name)(config).to(self.device)
+        self.macs = flops.count(self.network, self.height, self.width).macs  # and a check that such images fit
         self.network.checkpointing = options.activation_checkpointing
         self._wrap()
         self.objective = losses.objective(self.spec, self.model)
@@ -210,8 +222,7 @@ class Run:
 
     def _images_and_config(self):
         """The images; the model's configuration, with as many classes as they have; and the name of its class."""
-        options = self.options
-        published = configs.get(options.config)
+        options, published = self.options, self.published
         height, width = (
             made_for if given is None else given
             for made_for, given in zip(published.resolution, (options.height, options.width), strict=True)
@@ -316,6 +327,12 @@ class Run:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
+        parameters = sum(p.numel() for p in self.network.parameters())
+        self.say(
+            f"{self.model_name}, {parameters / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMAC per image of"
+            f" {self.height} x {self.width}; {len(self.images)} images of {self.options.data}; {self.device}"
+            + (f" x {self.world_size}" if self.world_size > 1 else "")
+        )
         self._resume()
         with _signals(self):
             if self.main and not (self.folder / "samples/real.png").exists():

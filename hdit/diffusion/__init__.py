@@ -1,5 +1,5 @@
-"""Noise schedules, preconditioning, losses and samplers of the diffusion models."""
+"""Noise schedules, preconditioning, losses, samplers, guidance and likelihood of the diffusion models."""
 
-from . import losses, noise, preconditioning, samplers, schedules
+from . import guidance, likelihood, losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["losses", "noise", "preconditioning", "samplers", "schedules"]
+__all__ = ["guidance", "likelihood", "losses", "noise", "preconditioning", "samplers", "schedules"]

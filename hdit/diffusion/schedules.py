@@ -93,6 +93,7 @@ def logsnr_cosine(t: Tensor, logsnr_min=LOGSNR_MIN, logsnr_max=LOGSNR_MAX) -> Te
 
 def logsnr_shifted(t: Tensor, image_d, noise_d, logsnr_min=LOGSNR_MIN, logsnr_max=LOGSNR_MAX) -> Tensor:
     """``logsnr_cosine`` + 2 ln(noise_d / image_d): the SNR of noise_d² images at image_d² (arXiv 2301.11093, 3.1)."""
+    _positive(noise_d=noise_d)
     return logsnr_interpolated(t, image_d, noise_d, noise_d, logsnr_min, logsnr_max)
 
 
@@ -185,6 +186,7 @@ def density(name: str, **params) -> Callable[[Tensor], Tensor]:
 
 
 def _lognormal(loc=-1.2, scale=1.2):
+    _positive(scale=scale)
     return _split_lognormal(loc, scale, scale)
 
 
@@ -210,9 +212,10 @@ def _loglogistic(loc=None, scale=0.5, sigma_min=0.0, sigma_max=math.inf, sigma_d
     _positive(scale=scale, sigma_data=sigma_data)
     loc = math.log(sigma_data) if loc is None else loc
     _finite(loc=loc)
-    if not 0 <= sigma_min < sigma_max:
+    _finite(sigma_min=sigma_min)
+    if isinstance(sigma_max, str) or not 0 <= sigma_min < sigma_max:
         raise ValueError(
-            f"sigma_min and sigma_max must satisfy 0 <= sigma_min < sigma_max, got {sigma_min}, {sigma_max}"
+            f"sigma_min and sigma_max must satisfy 0 <= sigma_min < sigma_max, got {sigma_min}, {sigma_max!r}"
         )
     # As log-odds: sigma is exp(loc + scale * logit(cdf)). Written with the share above, cdf has digits near 1 too.
     low, high = (
@@ -312,9 +315,9 @@ def stratified_uniform(
     total = batch * accumulation * world_size
     within = torch.rand(total, generator=generator, device=source, dtype=torch.float64)
     element = rank + world_size * torch.arange(micro_batch * batch, (micro_batch + 1) * batch, device=source)
-    u = (element + within[element]) / total
-    # The rounding to a narrower dtype may reach 1, which is outside.
-    return u.to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2).to(device)
+    u = ((element + within[element]) / total).to(dtype)
+    next_stratum = ((element + 1) / total).to(dtype)  # rounding may reach it, and 1 at the end
+    return u.minimum(torch.nextafter(next_stratum, torch.zeros_like(u))).to(device)
 
 
 def _cosine(t, logsnr_min, logsnr_max):
