@@ -77,11 +77,15 @@ def kernel_distance(real: Tensor, samples: Tensor) -> tuple[float, float]:
     groups = min(GROUPS, len(real), len(samples))
     if groups < 3:
         raise ValueError(f"KID needs at least 3 images on both sides, got {len(real)} and {len(samples)}")
-    real, samples = real.double().tensor_split(groups), samples.double().tensor_split(groups)
-    within = [_kernel_sums(side, side) for side in (real, samples)]
-    diagonals = [torch.stack([_kernel(part, part, diagonal=True).sum() for part in side]) for side in (real, samples)]
-    across = _kernel_sums(real, samples)
-    sizes = [across.new_tensor([len(part) for part in side]) for side in (real, samples)]
+    sides = real.double(), samples.double()
+    # (images, groups): 1 where an image is in a group, of which there is one after the other
+    groupings = [_grouping(len(side), groups).to(side.device) for side in sides]
+    within = [_kernel_sums(side, side, own, own) for side, own in zip(sides, groupings, strict=True)]
+    across = _kernel_sums(*sides, *groupings)
+    diagonals = [
+        own.T @ (side.square().sum(1) / side.shape[1] + 1) ** 3 for side, own in zip(sides, groupings, strict=True)
+    ]
+    sizes = [own.sum(0) for own in groupings]
 
     def distance(kept: Tensor) -> Tensor:
         n, m = ((size * kept).sum() for size in sizes)
@@ -90,19 +94,22 @@ def kernel_distance(real: Tensor, samples: Tensor) -> tuple[float, float]:
         return terms[0] / (n * (n - 1)) + terms[1] / (m * (m - 1)) - 2 * (across * pairs).sum() / (n * m)
 
     everything = torch.ones_like(sizes[0])
-    left_out = torch.stack([distance(everything - row) for row in torch.eye(groups, dtype=torch.float64)])
+    left_out = torch.stack([distance(everything - row) for row in torch.eye(groups).to(everything)])
     error = ((groups - 1) / groups * (left_out - left_out.mean()).square().sum()).sqrt()
     return float(distance(everything)), float(error)
 
 
-def _kernel(x: Tensor, y: Tensor, diagonal: bool = False) -> Tensor:
-    products = (x * y).sum(1) if diagonal else x @ y.T
-    return (products / x.shape[1] + 1) ** 3
+def _grouping(count: int, groups: int) -> Tensor:
+    return torch.eye(groups, dtype=torch.float64)[torch.arange(count) * groups // count]
 
 
-def _kernel_sums(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
+def _kernel_sums(x: Tensor, y: Tensor, x_groups: Tensor, y_groups: Tensor) -> Tensor:
     """(groups, groups): the kernel's sum over the pairs of each two groups."""
-    return torch.stack([torch.stack([_kernel(x, y).sum() for y in right]) for x in left])
+    total = 0
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, start + CHUNK)
+        total = total + x_groups[rows].T @ ((x[rows] @ y.T / x.shape[1] + 1) ** 3 @ y_groups)
+    return total
 
 
 class Neighbours(NamedTuple):
