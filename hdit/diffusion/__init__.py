@@ -1,5 +1,5 @@
 """Noise schedules, preconditioning, losses and samplers of the diffusion models."""
 
-from . import guidance, losses, noise, preconditioning, samplers, schedules
+from . import diffusers_scheduler, guidance, losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["guidance", "losses", "noise", "preconditioning", "samplers", "schedules"]
+__all__ = ["diffusers_scheduler", "guidance", "losses", "noise", "preconditioning", "samplers", "schedules"]
