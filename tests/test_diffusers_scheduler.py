@@ -1,9 +1,9 @@
 """Our denoisers under schedulers with the interface of diffusers, of each kind that it has.
 
 The small ones here are written from the formulas. The adapter was compared with diffusers 0.42.1 itself, in float32, on
-the denoiser and sigmas of test_samplers.py, for every prediction type: EulerDiscreteScheduler and EDMEulerScheduler give
-our euler, HeunDiscreteScheduler our heun, DPMSolverMultistepScheduler and EDMDPMSolverMultistepScheduler our dpmpp_2m,
-and its sde-dpmsolver++ our dpmpp_2m_sde with the same noise, all within 7e-7 of the largest pixel.
+the denoiser and sigmas of test_samplers.py, for every prediction type: EulerDiscreteScheduler and EDMEulerScheduler
+give our euler, HeunDiscreteScheduler our heun, DPMSolverMultistepScheduler and EDMDPMSolverMultistepScheduler our
+dpmpp_2m, and its sde-dpmsolver++ our dpmpp_2m_sde with the same noise, all within 7e-7 of the largest pixel.
 """
 
 import math
