@@ -2,4 +2,13 @@
 
 from . import diffusers_scheduler, guidance, likelihood, losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["diffusers_scheduler", "guidance", "likelihood", "losses", "noise", "preconditioning", "samplers", "schedules"]
+__all__ = [
+    "diffusers_scheduler",
+    "guidance",
+    "likelihood",
+    "losses",
+    "noise",
+    "preconditioning",
+    "samplers",
+    "schedules",
+]
