@@ -9,7 +9,6 @@ on a CPU tell what learns quickly, not what the papers measured after days. A ro
 import csv
 import dataclasses
 import subprocess
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -18,11 +17,13 @@ from typing import Literal
 import torch
 import tyro
 
-from hdit import data, evaluate, sample, train
+from hdit import data, evaluate, sample
 from hdit.configs import ablations
 from hdit.evaluate_features import Patches, Pixels
 from hdit.evaluate_images import DataSet
 from hdit.files import replacing
+from hdit.train import Train
+from hdit.train_step import Trainer
 
 TABLES = {"hdit": ablations.HDIT, "simple-diffusion": ablations.SIMPLE_DIFFUSION}
 SOURCE, SIDE, SAMPLES, SAMPLING_STEPS = "builtin", 64, 256, 12
@@ -55,24 +56,21 @@ def row_of(name: str, full, steps: int, real) -> dict:
     """Train one configuration, and measure it."""
     small = ablations.small(full, side=SIDE)
     recipe = dataclasses.replace(small.training, steps=steps, ema_decay=0.99, lr=1e-3)
-    with tempfile.TemporaryDirectory() as folder:
-        options = train.Train(
-            config=name, data=SOURCE, crop="random", flip=True, recipe=recipe, output=Path(folder), cpu=True
-        )
-        run = train.Run(options, small)
-        begun, losses = time.monotonic(), []
-        while run.step < steps:
-            losses.append(run.take_step()[0].item())
-        seconds = time.monotonic() - begun
-        run.network.eval()
-        schedule = "simple-diffusion" if recipe.objective == "simple-diffusion" else "karras"
-        classes = run.network.config.num_classes
-        with run.ema.applied(), torch.no_grad():
-            images = sample.stream(
-                run.denoiser, SAMPLES, (SIDE, SIDE), sampler="dpmpp_2m", steps=SAMPLING_STEPS, schedule=schedule,
-                sigma_min=1e-2, sigma_max=160.0, batch_size=64, classes=range(classes), num_classes=classes,
-            )  # fmt: skip
-            pixels, patches = measured(images, real)
+    options = Train(config=name, data=SOURCE, crop="random", flip=True, recipe=recipe, cpu=True)
+    run = Trainer(options, small)
+    begun, losses = time.monotonic(), []
+    while run.step < steps:
+        losses.append(run.take_step()[0].item())
+    seconds = time.monotonic() - begun
+    run.network.eval()
+    schedule = "simple-diffusion" if recipe.objective == "simple-diffusion" else "karras"
+    classes = run.network.config.num_classes
+    with run.ema.applied(), torch.no_grad():
+        images = sample.stream(
+            run.denoiser, SAMPLES, (SIDE, SIDE), sampler="dpmpp_2m", steps=SAMPLING_STEPS, schedule=schedule,
+            sigma_min=1e-2, sigma_max=160.0, batch_size=64, classes=range(classes), num_classes=classes,
+        )  # fmt: skip
+        pixels, patches = measured(images, real)
     return {
         "pixels_fd": f"{pixels:.3f}",
         "patches_fd": f"{patches:.3f}",

@@ -1,14 +1,11 @@
-"""hdit train: the step of a training run, and what surrounds it; on one processor as it is, on many under torchrun.
+"""hdit train: what surrounds the steps of ``train_step``: log, checkpoints, pictures, how a run ends and resumes.
 
-Whatever is random in a step (noise, noise levels, dropped classes, dropout, the order and the crops of the images) is a
-function of the seed, of the step and of the place of the example in the global batch. So a run that was killed goes on
-with the losses that it would have had, and N processes take the same steps as one, to rounding.
+On one processor as it is, on many under torchrun.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import signal
 import sys
@@ -21,19 +18,14 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import augmentation, checkpoints, configs, data, export, flops, models, sample, train_log
+from . import checkpoints, configs, export, sample, train_log
 from .configs import Configuration, Training
-from .diffusion import losses, schedules
 from .files import remove_leftovers, replacing
-from .models import pretrained
-
-NOISE, LEVELS, CLASSES, DROPOUT, WEIGHTS = range(5)  # what a random draw is for, so that no two purposes share one
-DTYPES = {"float32": "no", "bfloat16": "bf16"}  # of a recipe, and as accelerate calls them
+from .train_step import Trainer, generator
 
 
 @dataclass
@@ -108,220 +100,16 @@ def command() -> type:
     return dataclasses.make_dataclass("TrainCommand", [("configuration", field_type)], namespace=run)
 
 
-def generator(device: str | torch.device, *key: int) -> torch.Generator:
-    """A generator whose stream depends on all of ``key``, and on nothing else."""
-    return torch.Generator(device).manual_seed(seed_of(*key))
-
-
-def seed_of(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1  # a torch seed has 63 bits
-
-
-def objective_spec(recipe: Training) -> dict:
-    """What ``losses.objective`` builds, and what a sampler has to know."""
-    ends = {"sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max}
-    gamma = {} if recipe.min_snr_gamma is None else {"min_snr_gamma": recipe.min_snr_gamma}
-    if recipe.objective == "edm":
-        weighting = {"weighting": recipe.loss_weighting, "loss": recipe.loss, **gamma}
-        return {"type": "edm", "sigma_data": recipe.sigma_data, **weighting, **ends}
-    return {"type": recipe.objective, "parametrization": recipe.parametrization, "loss": recipe.loss, **gamma, **ends}
-
-
-def noise_levels(recipe: Training, height: int, width: int):
-    """The density of sigma, as a function of u in [0, 1)."""
-    name = recipe.sigma_density
-    if name == "lognormal":
-        return schedules.density(name, loc=recipe.sigma_loc, scale=recipe.sigma_scale)
-    ends = {"sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max}
-    if name == "loguniform":
-        return schedules.density(name, **ends)
-    if name == "simple-diffusion":
-        options = (max(height, width), recipe.noise_d_low, recipe.noise_d_high)
-        limits = (-2 * math.log(recipe.sigma_max), -2 * math.log(recipe.sigma_min))
-        zero = recipe.zero_terminal
-        return lambda u: schedules.logsnr_to_sigma(
-            schedules.logsnr_interpolated(1 - u, *options, *limits, zero_terminal=zero)
-        )
-    images = {"image_d": max(height, width), "noise_d_low": recipe.noise_d_low, "noise_d_high": recipe.noise_d_high}
-    given = images if name == "cosine-interpolated" else {}
-    return schedules.density(name, sigma_data=recipe.sigma_data, **given, **ends)
-
-
 class Run:
-    """One training run: the model, its average, the optimizer, the stream of images, and where it stands.
-
-    configuration: what ``options.config`` names, or one that has no name.
-    """
+    """A training run: its steps, and where it stands. configuration: as ``Trainer``."""
 
     def __init__(self, options: Train, configuration: Configuration | None = None):
         self.options, self.recipe = options, options.recipe
-        self.published = configuration or configs.get(options.config)
-        self._check()
-        self.accelerator = _accelerator(options, self.recipe.dtype)
-        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = self.accelerator.device
-        self.main = self.accelerator.is_main_process
+        self.trainer = Trainer(options, configuration)
+        self.accelerator, self.network = self.trainer.accelerator, self.trainer.network
+        self.main, self.world_size = self.accelerator.is_main_process, self.trainer.world_size
         self.folder = options.output or Path("runs/train") / options.config
-        self.micro_batch = self._micro_batch()
-        self.spec = objective_spec(self.recipe)
-        self.images, config = self._images_and_config()
-        self.height, self.width = self.images.height, self.images.width
-        self.noise_levels = noise_levels(self.recipe, self.height, self.width)
-
-        torch.manual_seed(seed_of(options.seed, WEIGHTS))
-        self.network = models.from_config(config).to(self.device)
-        self.macs = flops.count(self.network, self.height, self.width).macs  # and a check that such images fit
-        self.network.checkpointing = options.activation_checkpointing
-        self._wrap()
-        self.objective = losses.objective(self.spec, self.model)
-        self.denoiser = losses.objective(self.spec, self.network)
-        self.optimizer = torch.optim.AdamW(
-            self.network.param_groups(lr=self.recipe.lr, weight_decay=self.recipe.weight_decay),
-            betas=self.recipe.betas,
-            eps=self.recipe.eps,
-            fused=True,
-        )
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.ema = checkpoints.Ema(self.network, self.recipe.ema_decay, self.recipe.ema_power)
-        augment = augmentation.KarrasAugmentation(self.recipe.augment_prob) if self.recipe.augment_prob else None
-        self.batches = data.Batches(
-            self.images,
-            self.micro_batch,
-            seed=options.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-            workers=options.workers,
-            augment=augment,
-        )
-        self.step, self.seconds, self.stopped_by = 0, 0.0, None
-
-    # ---- what a run is made of -------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        options, recipe = self.options, self.recipe
-        for name in ("data", "steps", "batch_size"):
-            if getattr(options if name == "data" else recipe, name) is None:
-                raise ValueError(f"{name} must be given: configuration {options.config!r} has none")
-        for name, owner in (
-            *((name, options) for name in ("accumulation", "log_every", "checkpoint_every", "keep", "demo_count")),
-            *((name, recipe) for name in ("steps", "batch_size")),
-        ):
-            if getattr(owner, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(owner, name)}")
-        if recipe.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {recipe.dtype!r}")
-        if not 0 <= recipe.class_dropout <= 1:
-            raise ValueError(f"class_dropout must be in [0, 1], got {recipe.class_dropout}")
-
-    def _micro_batch(self) -> int:
-        parts = self.world_size * self.options.accumulation
-        if self.recipe.batch_size % parts:
-            raise ValueError(
-                f"batch_size {self.recipe.batch_size} must divide by {self.world_size} processes x"
-                f" {self.options.accumulation} micro-batches (accumulation)"
-            )
-        return self.recipe.batch_size // parts
-
-    def _images_and_config(self):
-        """The images, and the model's configuration, with as many classes as they have."""
-        options, published = self.options, self.published
-        height, width = (
-            made_for if given is None else given
-            for made_for, given in zip(published.resolution, (options.height, options.width), strict=True)
-        )
-        images = data.open_images(options.data, height, width, crop=options.crop, flip=options.flip)
-        if options.model is not None:
-            plain = json.loads(options.model.read_text())
-            model = pretrained.build(
-                {"model": plain.get("model"), "config": json.dumps(plain.get("config"))}, options.model
-            )
-            return images, model.config
-        config = published.config
-        if options.class_labels and images.class_names:
-            config = dataclasses.replace(config, num_classes=len(images.class_names))
-        return images, config
-
-    def _wrap(self) -> None:
-        """self.model is what computes a loss; self.network has the parameters."""
-        if self.options.compile:
-            self.network.compile()
-        if self.options.fsdp and self.world_size > 1:
-            lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
-            for layer in (child for children in lists for child in children if not isinstance(child, nn.ModuleList)):
-                fully_shard(layer)
-            self.model = fully_shard(self.network)
-        else:
-            self.model = self.accelerator.prepare_model(self.network, evaluation_mode=self.world_size == 1)
-            # evaluation_mode only says «do not wrap in DDP»: there is nobody to share gradients with
-
-    # ---- one step --------------------------------------------------------------------------------------------------
-
-    def take_step(self) -> tuple[Tensor, Tensor, float]:
-        """Loss of the whole batch (this process's share of it), norm of the gradient, and the rate."""
-        recipe, accumulation = self.recipe, self.options.accumulation
-        rate = min(1.0, (self.step + 1) / recipe.lr_warmup) if recipe.lr_warmup else 1.0
-        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
-        self.network.train()
-        total = torch.zeros((), device=self.device)
-        for micro in range(accumulation):
-            last = micro == accumulation - 1
-            with self._gradients_shared(last), self.accelerator.autocast():
-                loss = self._loss(micro).mean() / accumulation
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update(self.step)
-        self.step += 1
-        return total, norm, rate
-
-    def _loss(self, micro: int) -> Tensor:
-        """(micro_batch,): one loss per image."""
-        options, recipe, key = self.options, self.recipe, (self.options.seed, self.step)
-        batch = next(self.batches).to(self.device)
-        places = [
-            self.rank + self.world_size * i for i in range(micro * self.micro_batch, (micro + 1) * self.micro_batch)
-        ]
-        torch.manual_seed(seed_of(*key, DROPOUT, micro, self.rank))
-        u = schedules.stratified_uniform(
-            self.micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-            accumulation=options.accumulation,
-            micro_batch=micro,
-            generator=generator("cpu", *key, LEVELS),
-            dtype=torch.float64,
-        )
-        sigma = self.noise_levels(u).to(self.device, torch.float32)
-        noise = torch.cat(
-            [
-                losses.training_noise(
-                    image[None],
-                    offset=recipe.noise_offset,
-                    generator=generator(self.device, *key, NOISE, place),
-                )
-                for image, place in zip(batch.images, places, strict=True)
-            ]
-        )
-        cond = {}
-        if batch.augmentation.shape[1]:
-            cond["aug_cond"] = batch.augmentation
-        if classes := self.network.config.num_classes:
-            drawn = torch.rand(recipe.batch_size, generator=generator("cpu", *key, CLASSES), dtype=torch.float64)
-            dropped = (drawn[places] < recipe.class_dropout).to(self.device)
-            cond["class_cond"] = torch.where(dropped | (batch.classes < 0), classes, batch.classes)
-        return self.objective.loss(batch.images, noise, sigma, **cond)
-
-    def _gradients_shared(self, last: bool):
-        """Processes add up their gradients with the last micro-batch only."""
-        if self.model is self.network and hasattr(self.network, "set_requires_gradient_sync"):
-            self.network.set_requires_gradient_sync(last)
-            return torch.enable_grad()
-        return torch.enable_grad() if last else self.accelerator.no_sync(self.model)
-
-    # ---- the run -----------------------------------------------------------------------------------------------------
+        self.seconds, self.stopped_by = 0.0, None
 
     def train(self) -> int:
         """Steps until the run is complete or is told to stop; the exit code."""
@@ -329,11 +117,11 @@ class Run:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
-        parameters = sum(p.numel() for p in self.network.parameters())
+        trainer, parameters = self.trainer, sum(p.numel() for p in self.network.parameters())
+        size = "{} x {}".format(*trainer.resolution)
         self.say(
-            f"{type(self.network).__name__}, {parameters / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMAC per image"
-            f" of {self.height} x {self.width}; {len(self.images)} images of {self.options.data}; {self.device}"
-            + (f" x {self.world_size}" if self.world_size > 1 else "")
+            f"{type(self.network).__name__}, {parameters / 1e6:.2f} M parameters, {trainer.macs / 1e9:.3f} GMAC per"
+            f" image of {size}; {len(trainer.images)} images of {self.options.data}; {trainer.device}"
         )
         self._resume()
         with _signals(self):
@@ -346,30 +134,32 @@ class Run:
         self.accelerator.end_training()
         if self.stopped_by is not None:
             name = signal.Signals(self.stopped_by).name
-            self.say(f"stopped by {name} after {self.step} steps; the same command resumes {self.folder}")
+            self.say(f"stopped by {name} after {self.trainer.step} steps; the same command resumes {self.folder}")
             return 128 + self.stopped_by
         return 0
 
     def _loop(self) -> None:
         options, log, pending = self.options, train_log.Log(self.folder), []
         begun, before = time.monotonic(), self.seconds
-        progress = tqdm(total=self.recipe.steps, initial=self.step, unit="step", disable=not self.main, smoothing=0.05)
+        progress = tqdm(
+            total=self.recipe.steps, initial=self.trainer.step, unit="step", disable=not self.main, smoothing=0.05
+        )
         with progress:
-            while self.step < self.recipe.steps and not self._should_stop():
-                pending.append(self.take_step())
+            while self.trainer.step < self.recipe.steps and not self._should_stop():
+                pending.append(self.trainer.take_step())
                 self.seconds = before + time.monotonic() - begun
                 progress.update()
                 if self._every(options.log_every):
                     self._flush(log, pending, progress)
-                if self._every(options.demo_every) and self.step < self.recipe.steps:
+                if self._every(options.demo_every) and self.trainer.step < self.recipe.steps:
                     self.demo()
-                if self._every(options.checkpoint_every) and self.step < self.recipe.steps:
+                if self._every(options.checkpoint_every) and self.trainer.step < self.recipe.steps:
                     self._flush(log, pending, progress)
                     self.checkpoint()
             self._flush(log, pending, progress)
 
     def _every(self, steps: int) -> bool:
-        return bool(steps) and self.step % steps == 0
+        return bool(steps) and self.trainer.step % steps == 0
 
     def _should_stop(self) -> bool:
         """The same answer in every process: told by a signal, or out of minutes."""
@@ -377,9 +167,9 @@ class Run:
         late = minutes is not None and self.seconds >= 60 * minutes
         if self.world_size == 1:
             return late or self.stopped_by is not None
-        if self.step % self.options.log_every:
+        if self.trainer.step % self.options.log_every:
             return False  # asking the others costs a round trip
-        told = torch.tensor([self.stopped_by or 0, int(late)], device=self.device)
+        told = torch.tensor([self.stopped_by or 0, int(late)], device=self.trainer.device)
         told = self.accelerator.gather(told[None]).amax(0).tolist()
         self.stopped_by = told[0] or None
         return any(told)
@@ -390,7 +180,7 @@ class Run:
             return
         losses_, norms = (torch.stack([_plain(entry[i]) for entry in pending]) for i in (0, 1))
         losses_ = self.accelerator.reduce(losses_, "mean").tolist()
-        first = self.step - len(pending)
+        first = self.trainer.step - len(pending)
         entries = [
             {
                 "step": first + i,
@@ -404,7 +194,7 @@ class Run:
         ]
         if self.main:
             log.write(entries)
-            speed = self.step * self.recipe.batch_size / self.seconds
+            speed = self.trainer.step * self.recipe.batch_size / self.seconds
             progress.set_postfix_str(f"{speed:.1f} images/s, loss {np.mean(losses_):.4f}")
             for entry in entries if self.accelerator.trackers else ():
                 self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
@@ -418,24 +208,24 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write one, unless the last one is of this very step."""
-        state = checkpoints.tensors(self.network, self.ema, self.optimizer)
-        if self.main and (self.step not in checkpoints.steps(self.folder) or not self.step):
-            checkpoints.save(self.folder, self.step, state, self._header(), self.options.keep)
+        state = checkpoints.tensors(self.network, self.trainer.ema, self.trainer.optimizer)
+        if self.main and self.trainer.step not in checkpoints.steps(self.folder):
+            checkpoints.save(self.folder, self.trainer.step, state, self._header(), self.options.keep)
         self.accelerator.wait_for_everyone()
 
     def _header(self) -> dict:
-        names = self.images.class_names
+        names = self.trainer.images.class_names
         return {
             "model": type(self.network).__name__,
             "config": self.network.config.to_dict(),
-            "objective": self.spec,
-            "resolution": [self.height, self.width],
+            "objective": self.trainer.spec,
+            "resolution": list(self.trainer.resolution),
             **({"class_names": list(names)} if names and self.network.config.num_classes else {}),
             "sampler": {"name": self.recipe.sampler, "steps": self.recipe.sampler_steps},
             "settings": self._settings(),
-            "batches": self.batches.state_dict(),
+            "batches": self.trainer.batches.state_dict(),
             "seconds": round(self.seconds, 3),
-            "images": self.step * self.recipe.batch_size,
+            "images": self.trainer.step * self.recipe.batch_size,
         }
 
     def _settings(self) -> dict:
@@ -464,28 +254,30 @@ class Run:
                     f"{name} is {ours[name]!r}, and the run in {self.folder} has {theirs.get(name)!r};"
                     " resume it with that, or choose another output"
                 )
-        checkpoints.restore(state, self.network, self.ema, self.optimizer)
-        self.step, self.seconds = int(header["step"]), header["seconds"]
-        self.batches.load_state_dict(header["batches"])
+        checkpoints.restore(state, self.network, self.trainer.ema, self.trainer.optimizer)
+        self.trainer.step, self.seconds = int(header["step"]), header["seconds"]
+        self.trainer.batches.load_state_dict(header["batches"])
         if self.main:
-            train_log.Log(self.folder).cut(self.step)
+            train_log.Log(self.folder).cut(self.trainer.step)
         self.say(f"resumed {path}")
 
     # ---- pictures --------------------------------------------------------------------------------------------------
 
     def _real(self, index: int) -> Tensor:
-        return self.images.example(index % len(self.images), generator("cpu", self.options.seed, index))[0]
+        return self.trainer.images.example(
+            index % len(self.trainer.images), generator("cpu", self.options.seed, index)
+        )[0]
 
     @torch.no_grad()
     def demo(self) -> None:
         """samples/step-….png: the same seeds each time, from the averaged weights."""
         options, classes = self.options, self.network.config.num_classes
         self.network.eval()
-        with self.ema.applied(), self.accelerator.autocast():
+        with self.trainer.ema.applied(), self.accelerator.autocast():
             images = sample.generate(
-                self.denoiser,
+                self.trainer.denoiser,
                 options.demo_count,
-                (self.height, self.width),
+                self.trainer.resolution,
                 classes=[i % classes for i in range(options.demo_count)] if classes else None,
                 num_classes=classes,
                 guidance=options.demo_guidance,
@@ -496,7 +288,7 @@ class Run:
                 seed=options.seed,
             )
         if self.main:
-            self._save_grid(images, f"step-{self.step:08}")
+            self._save_grid(images, f"step-{self.trainer.step:08}")
 
     def _save_grid(self, images: Tensor, name: str) -> None:
         with replacing(self.folder / "samples" / f"{name}.png") as temporary:
@@ -510,7 +302,7 @@ class Run:
                 train_log.draw({self.options.config: self.folder}, self.folder / "loss.png")
             else:
                 self.say("loss.png needs matplotlib: pip install 'hdit[plots]'")
-            self.say(f"trained {self.step} steps; {self.folder / 'model.safetensors'} is for hdit sample")
+            self.say(f"trained {self.trainer.step} steps; {self.folder / 'model.safetensors'} is for hdit sample")
         self.accelerator.wait_for_everyone()
 
     def say(self, sentence: str) -> None:
@@ -520,20 +312,6 @@ class Run:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _accelerator(options: Train, dtype: str):
-    try:
-        from accelerate import Accelerator
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "hdit train needs accelerate, which is not installed: pip install 'hdit[train]'"
-        ) from None
-
-    accelerator = Accelerator(cpu=options.cpu, mixed_precision=DTYPES[dtype], log_with=options.tracker)
-    if options.tracker:
-        accelerator.init_trackers("hdit")
-    return accelerator
 
 
 @contextlib.contextmanager

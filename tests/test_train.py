@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hdit import checkpoints, configs, files, train, train_log
+from hdit import checkpoints, configs, files, train, train_log, train_step
 from hdit.configs import Training
 from hdit.models import Global, HDiTConfig, Level, Neighborhood
 from hdit.models.pretrained import load
+from hdit.train_step import Trainer
 
 ATTENTION = {"type": "neighborhood", "d_head": 8, "kernel_size": 3}
 CONFIG = HDiTConfig(
@@ -208,8 +209,8 @@ def test_bad_options_are_refused_before_anything_is_written(options, tmp_path, c
 def test_a_loss_that_is_not_finite_ends_the_run_and_not_the_checkpoint(options, tmp_path):
     train.Run(options(steps=5)).train()
     run = train.Run(options(checkpoint_every=6))
-    take = run.take_step
-    run.take_step = lambda: (take()[0] * (float("nan") if run.step == 7 else 1), torch.tensor(1.0), 1.0)
+    trainer, take = run.trainer, run.trainer.take_step
+    trainer.take_step = lambda: (take()[0] * (float("nan") if trainer.step == 7 else 1), torch.tensor(1.0), 1.0)
     with pytest.raises(FloatingPointError, match="the loss of step 6 is not finite; the last checkpoint is of step 6"):
         run.train()
     state, _ = checkpoints.load(checkpoints.latest(tmp_path / "run"))
@@ -217,7 +218,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_not_the_checkpoint(options, 
 
 
 def test_average_of_the_weights(options):
-    run = train.Run(options(steps=1))
+    run = Trainer(options(steps=1))
     parameters = [p.detach().double().clone() for p in run.network.parameters()]
     expected = [p.clone() for p in parameters]
     for step in range(6):
@@ -238,7 +239,7 @@ def test_average_of_the_weights(options):
 
 def test_what_is_random_in_a_step(options):
     """The classes that are withheld, the noise and its levels: their shares, and that no two steps or images agree."""
-    run = train.Run(options(batch_size=64, class_dropout=0.25))
+    run = Trainer(options(batch_size=64, class_dropout=0.25))
     seen = []
 
     def spy(images, noise, sigma, class_cond, aug_cond):
@@ -247,7 +248,7 @@ def test_what_is_random_in_a_step(options):
 
     run.objective.loss = spy
     for _ in range(8):
-        run._loss(0)
+        run.loss()
         run.step += 1
     noise, sigma, classes, augmentation = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert len(noise.flatten(1)[:, 0].unique()) == 512
@@ -295,10 +296,12 @@ def test_every_recipe_makes_an_objective_and_noise_levels():
     for name in configs.names():
         published = configs.get(name)
         recipe = published.training or Training()
-        sigma = train.noise_levels(recipe, *published.resolution)(torch.linspace(0, 0.999, 100, dtype=torch.float64))
+        sigma = train_step.noise_levels(recipe, *published.resolution)(
+            torch.linspace(0, 0.999, 100, dtype=torch.float64)
+        )
         assert (sigma.diff() < 0).all()
         low, high = recipe.sigma_min, recipe.sigma_max
         if recipe.sigma_density == "simple-diffusion":  # whose ends shift with the size of the images
             high *= published.resolution[0] / recipe.noise_d_low
         assert low * 0.99 < sigma.min() < sigma.max() < high * 1.01
-        assert train.objective_spec(recipe)["type"] == recipe.objective
+        assert train_step.objective_spec(recipe)["type"] == recipe.objective
