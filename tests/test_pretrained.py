@@ -79,7 +79,16 @@ def test_device(saved):
 
 
 def test_sha256(saved):
-    assert pretrained.sha256(saved[1]) == hashlib.sha256(saved[1].read_bytes()).hexdigest()
+    """Of the file; and what is the same has the same."""
+    model, path = saved
+    content = path.read_bytes()
+    assert pretrained.sha256(path) == hashlib.sha256(content).hexdigest()
+    strange = {"text": '\x00\x01\x1f\x7f\b\t\n"\\/ü 漢\U0001f33b\u2028', "empty": ""}
+    for _ in range(3):
+        model.save_pretrained(path, **dict(reversed(METADATA.items())))
+        assert path.read_bytes() == content
+        model.save_pretrained(path, **strange)
+        assert pretrained.load(path).metadata == strange
 
 
 def test_model_does_not_depend_on_the_file(saved):

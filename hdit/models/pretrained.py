@@ -159,6 +159,22 @@ def write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, header)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Equal models become equal files, with one hash: safetensors writes the metadata in an order that is random.
+
+    The header (8 bytes of length, then JSON) keeps its length.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(content) <= size:
+            file.seek(8)
+            file.write(content.ljust(size))
 
 
 def read_header(path: str | Path) -> dict[str, str]:
