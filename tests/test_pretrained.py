@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from test_models import MIXED, PLAIN, SMALL_DIT, build, call
 
-from hdit.models import DiT, HDiT, pretrained
+from hdit.models import DiT, HDiT, from_config, pretrained
 
 METADATA = {
     "objective": {"type": "edm", "sigma_data": 0.5, "sigma_min": 1e-3, "sigma_max": 1e3},
@@ -56,6 +56,20 @@ def test_header_is_plain_json_that_others_can_read(saved):
     assert header["format"] == "hdit" and header["model"] == "HDiT"
     assert json.loads(header["config"]) == model.config.to_dict()
     assert json.loads(header["objective"]) == METADATA["objective"]
+
+
+def test_a_model_whose_class_was_wrapped_keeps_its_name(saved):
+    """As FSDP does it: the object becomes one of a class made for it."""
+    model, path = saved
+    model.__class__ = type("FSDPHDiT", (HDiT,), {})
+    model.save_pretrained(path)
+    assert type(pretrained.load(path).model) is HDiT
+
+
+def test_from_config():
+    assert type(from_config(PLAIN)) is HDiT and type(from_config(SMALL_DIT)) is DiT
+    with pytest.raises(TypeError, match="config is dict; it must be one of DiTConfig, HDiTConfig, UViTConfig"):
+        from_config({})
 
 
 def test_dtypes(saved, tmp_path):

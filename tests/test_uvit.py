@@ -120,7 +120,9 @@ def test_attention_equals_its_formula():
 
     def normed(t, norm):
         deviation = t - t.mean(-1, keepdim=True)
-        return deviation / (deviation.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+        return deviation / (deviation.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + (
+            0 if norm.bias is None else norm.bias
+        )
 
     qkv = normed(x, block.norm).reshape(2, 24, 32) @ block.qkv.weight.T + block.qkv.bias
     out = []
