@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from test_models import MIXED, PLAIN, SMALL_DIT, build, call
 
-from hdit.models import DiT, HDiT, pretrained
+from hdit.models import DiT, HDiT, from_config, pretrained
 
 METADATA = {
     "objective": {"type": "edm", "sigma_data": 0.5, "sigma_min": 1e-3, "sigma_max": 1e3},
@@ -58,6 +58,20 @@ def test_header_is_plain_json_that_others_can_read(saved):
     assert json.loads(header["objective"]) == METADATA["objective"]
 
 
+def test_a_model_whose_class_was_wrapped_keeps_its_name(saved):
+    """As FSDP does it: the object becomes one of a class made for it."""
+    model, path = saved
+    model.__class__ = type("FSDPHDiT", (HDiT,), {})
+    model.save_pretrained(path)
+    assert type(pretrained.load(path).model) is HDiT
+
+
+def test_from_config():
+    assert type(from_config(PLAIN)) is HDiT and type(from_config(SMALL_DIT)) is DiT
+    with pytest.raises(TypeError, match="config is dict; it must be one of DiTConfig, HDiTConfig, UViTConfig"):
+        from_config({})
+
+
 def test_dtypes(saved, tmp_path):
     """The given one, buffers that need float32 apart; that of the file where none is given."""
     model, path = saved
@@ -79,7 +93,16 @@ def test_device(saved):
 
 
 def test_sha256(saved):
-    assert pretrained.sha256(saved[1]) == hashlib.sha256(saved[1].read_bytes()).hexdigest()
+    """Of the file; and what is the same has the same."""
+    model, path = saved
+    content = path.read_bytes()
+    assert pretrained.sha256(path) == hashlib.sha256(content).hexdigest()
+    strange = {"text": '\x00\x01\x1f\x7f\b\t\n"\\/ü 漢\U0001f33b\u2028', "empty": ""}
+    for _ in range(3):
+        model.save_pretrained(path, **dict(reversed(METADATA.items())))
+        assert path.read_bytes() == content
+        model.save_pretrained(path, **strange)
+        assert pretrained.load(path).metadata == strange
 
 
 def test_model_does_not_depend_on_the_file(saved):

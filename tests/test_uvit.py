@@ -120,7 +120,9 @@ def test_attention_equals_its_formula():
 
     def normed(t, norm):
         deviation = t - t.mean(-1, keepdim=True)
-        return deviation / (deviation.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+        return deviation / (deviation.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + (
+            0 if norm.bias is None else norm.bias
+        )
 
     qkv = normed(x, block.norm).reshape(2, 24, 32) @ block.qkv.weight.T + block.qkv.bias
     out = []
@@ -196,13 +198,19 @@ def test_every_block_on_the_way_up_takes_the_result_of_its_counterpart():
 
 
 def test_positions_reach_attention_and_convolutions_need_none():
-    """Without attention a constant image has constant features inside; where there is attention, they differ."""
+    """Without attention a constant image has constant features inside; where there is attention, they differ. Each
+    level with attention gets its own, once."""
     x, sigma, cond = torch.ones(1, 3, 64, 64).double(), torch.ones(1).double(), {}
     plain = replace(SMALL_UVIT, num_classes=0, mapping_cond_dim=0, downsampling="average", patch_size=1)
     for kind in ("convolution", "transformer"):
         levels = (UViTLevel(1, 16), UViTLevel(1, 16, kind, d_head=16))
         y = build(replace(plain, levels=levels))(x, sigma, **cond)[..., 24:40, 24:40]
         assert (y.amax((2, 3)) - y.amin((2, 3)) < 1e-9).all() == (kind == "convolution")
+    model, grids = build(SMALL_UVIT), []
+    model.positions.register_forward_hook(lambda module, args, out: grids.append(tuple(out.shape[1:])))
+    x, sigma, cond = call(SMALL_UVIT)
+    model(x, sigma, **cond)
+    assert grids == [(8, 16, 32), (4, 8, 32)]
 
 
 @pytest.mark.parametrize("downsampling", ["average", "dwt", "strided"])

@@ -44,7 +44,7 @@ class Model(nn.Module):
                 raise ValueError(
                     f"metadata {name!r} is taken by the file itself; every name but {', '.join(RESERVED)} is free"
                 )
-        header = {"format": FORMAT, "model": type(self).__name__, "config": self.config.to_dict()}
+        header = {"format": FORMAT, "model": model_class(self.config).__name__, "config": self.config.to_dict()}
         header = {
             name: value if name in ("format", "model") else to_json(name, value)
             for name, value in (header | metadata).items()
@@ -62,13 +62,18 @@ class Model(nn.Module):
         return model
 
 
-def from_config(config: Config) -> Model:
-    """A fresh model of the class that this configuration is for."""
+def model_class(config: Config) -> type[Model]:
+    """The class that this configuration is for (type(model) would be another one where FSDP has wrapped it)."""
     for cls in Model.__subclasses__():
         if type(config) is cls.config_class:
-            return cls(config)
+            return cls
     known = ", ".join(sorted(cls.config_class.__name__ for cls in Model.__subclasses__()))
     raise TypeError(f"config is {type(config).__name__}; it must be one of {known}")
+
+
+def from_config(config: Config) -> Model:
+    """A fresh model of the class that this configuration is for."""
+    return model_class(config)(config)
 
 
 class Pretrained(NamedTuple):
@@ -159,6 +164,22 @@ def write(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) 
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, header)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Equal models become equal files, with one hash: safetensors writes the metadata in an order that is random.
+
+    The header (8 bytes of length, then JSON) keeps its length.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(content) <= size:
+            file.seek(8)
+            file.write(content.ljust(size))
 
 
 def read_header(path: str | Path) -> dict[str, str]:

@@ -137,7 +137,8 @@ class Attention(nn.Module):
         self.heads = width // level.d_head
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = nn.LayerNorm(level.d_head), nn.LayerNorm(level.d_head)
+        # A bias of all keys would add the same to all logits of a query: a softmax does not see it.
+        self.q_norm, self.k_norm = nn.LayerNorm(level.d_head), nn.LayerNorm(level.d_head, bias=False)
         self.proj = layers.zero_init(nn.Linear(width, width))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -214,7 +215,8 @@ class UViT(Model):
 
     The conditioning vector sums embeddings of c_noise = ln(sigma)/4, which is −log-SNR/8 where the data have unit
     deviation, of class, augmentation and custom vector. Fixed sine-cosine positions are added where a level with
-    attention is entered, so that any grid will do.
+    attention is entered, so that any grid will do. torch.compile needs dynamic=False, a graph for each size: inductor
+    (2.13) cannot order the strides of channels-last views whose sizes are symbols.
     """
 
     config_class = UViTConfig
