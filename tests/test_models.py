@@ -1,4 +1,4 @@
-"""HDiT and DiT: every promise of their pages, in float64 against independent computations where there is one."""
+"""HDiT, DiT and U-ViT: every promise of their pages, in float64 against independent computations where there is one."""
 
 from dataclasses import replace
 
@@ -6,7 +6,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hdit.models import DiT, DiTConfig, Global, HDiT, HDiTConfig, Level, Neighborhood, ShiftedWindow, dit, layers
+from hdit.models import (
+    DiTConfig,
+    Global,
+    HDiT,
+    HDiTConfig,
+    Level,
+    Neighborhood,
+    ShiftedWindow,
+    UViTConfig,
+    UViTLevel,
+    dit,
+    from_config,
+    layers,
+    uvit,
+)
 
 MIXED = HDiTConfig(
     levels=(
@@ -21,11 +35,25 @@ MIXED = HDiTConfig(
 PLAIN = HDiTConfig(levels=(Level(1, 32, 48, Neighborhood(16, 3)), Level(1, 32, 48, Global(16))), mapping_width=32)
 SMALL_DIT = DiTConfig(depth=2, width=32, heads=2, num_classes=10, mapping_cond_dim=6)
 
+SMALL_UVIT = UViTConfig(
+    levels=(
+        UViTLevel(1, 16),
+        UViTLevel(1, 32, "convolution-attention", d_head=16),
+        UViTLevel(2, 32, "transformer", d_head=16),
+    ),
+    patch_size=2,
+    downsampling="dwt",
+    embedding_width=32,
+    num_classes=10,
+    mapping_cond_dim=6,
+)
+EVERY = pytest.mark.parametrize("config", [MIXED, SMALL_DIT, SMALL_UVIT], ids=["hdit", "dit", "uvit"])
+
 
 def build(config, dtype=torch.float64, seed=0):
     """A model whose every parameter is random: nothing is at its initial zero, one or ten; some scales are negative."""
     torch.manual_seed(seed)
-    model = (HDiT if isinstance(config, HDiTConfig) else DiT)(config).to(dtype)
+    model = from_config(config).to(dtype)
     for name, parameter in model.named_parameters():
         fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
         torch.nn.init.normal_(parameter, std=fan_in**-0.5)
@@ -53,19 +81,21 @@ def relative(got, expected):
 # ---- what a fresh model is -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [MIXED, SMALL_DIT], ids=["hdit", "dit"])
+@EVERY
 def test_fresh_model_is_zero_and_every_block_the_identity(config):
     torch.manual_seed(0)
-    model = (HDiT if isinstance(config, HDiTConfig) else DiT)(config)
+    model = from_config(config)
     x, sigma, cond = call(config, 64, 64, torch.float32)
     seen = []
-    kinds = (layers.SelfAttention, layers.FeedForward, layers.MappingFeedForward, dit.Block)
+    kinds = (layers.SelfAttention, layers.FeedForward, layers.MappingFeedForward, dit.Block, uvit.Block)
     for module in model.modules():
         if isinstance(module, kinds):
             module.register_forward_hook(lambda module, args, out: seen.append(torch.equal(args[0], out)))
+    entries = []
+    model.patch_in.register_forward_hook(lambda module, args, out: entries.append(out.abs().max()))
     assert torch.equal(model(x, sigma, **cond), torch.zeros(2, 3, 64, 64))
     assert all(seen) and len(seen) == sum(isinstance(module, kinds) for module in model.modules()) > 0
-    assert model.patch_in(x.movedim(1, -1)).abs().max() > 0.1  # identity of something, not of zeros
+    assert entries[0] > 0.1  # identity of something, not of zeros
 
 
 def test_parameter_groups_of_hdit():
@@ -206,7 +236,7 @@ def test_local_model_is_translation_equivariant_inside():
     assert relative(first[:, :, 8:], second[:, :, :-8]) > 1e-3  # at the borders they do differ
 
 
-@pytest.mark.parametrize("config", [MIXED, SMALL_DIT], ids=["hdit", "dit"])
+@EVERY
 def test_each_conditioning_changes_the_output(config):
     model = build(config)
     x, sigma, cond = call(config)
@@ -272,7 +302,7 @@ class FloatingDtypes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("config", [MIXED, SMALL_DIT], ids=["hdit", "dit"])
+@EVERY
 def test_float64_model_computes_nothing_below_float64(config):
     model = build(config)
     x, sigma, cond = call(config)
@@ -282,7 +312,7 @@ def test_float64_model_computes_nothing_below_float64(config):
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
-@pytest.mark.parametrize("config", [MIXED, SMALL_DIT], ids=["hdit", "dit"])
+@EVERY
 def test_half_precision_is_as_close_as_its_roundings_allow(config, mode):
     """The budget is measured: the float64 model with weights, inputs and every module's output rounded to bfloat16,
     times 4 for the roundings inside modules: q and k as they are normalised and rotated, and GEGLU's two halves."""
@@ -328,10 +358,14 @@ def test_angles_and_fourier_weights_never_lose_bits(mode):
 
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
-@pytest.mark.parametrize("config", [HDiTConfig((Level(1, 64),)), DiTConfig(1, 384, 6)], ids=["hdit", "dit"])
+@pytest.mark.parametrize(
+    "config",
+    [HDiTConfig((Level(1, 64),)), DiTConfig(1, 384, 6), UViTConfig((UViTLevel(1, 4),), embedding_width=8)],
+    ids=["hdit", "dit", "uvit"],
+)
 def test_2000_noise_levels_have_2000_embeddings(config, mode):
     torch.manual_seed(0)
-    model = HDiT(config) if isinstance(config, HDiTConfig) else DiT(config)
+    model = from_config(config)
     model = model.bfloat16() if mode == "bfloat16" else model
     inputs = []
     first = model.time_in_proj if isinstance(config, HDiTConfig) else model.time_mlp[0]
@@ -353,7 +387,7 @@ def gradients(model, function, x, sigma, cond):
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("config", [MIXED, SMALL_DIT], ids=["hdit", "dit"])
+@EVERY
 def test_checkpointing_gives_the_same_bits(config):
     model = build(config, torch.float32).train()
     for module in model.modules():
@@ -364,7 +398,7 @@ def test_checkpointing_gives_the_same_bits(config):
     plain = gradients(model, model, x, sigma, cond)
     runs = []
     model.checkpointing = True
-    blocks = model.mid_level if isinstance(model, HDiT) else model.blocks
+    blocks = model.blocks if isinstance(model, dit.DiT) else model.mid_level
     blocks[0].register_forward_pre_hook(lambda *args: runs.append(1))
     torch.manual_seed(5)
     again = gradients(model, model, x, sigma, cond)
@@ -373,13 +407,16 @@ def test_checkpointing_gives_the_same_bits(config):
 
 
 WINDOWS = HDiTConfig((Level(2, 32, 48, ShiftedWindow(16, 4)),), 8, mapping_width=32, mapping_depth=1)
+CONV_GLOBAL = replace(
+    SMALL_UVIT, levels=(UViTLevel(1, 16), UViTLevel(1, 32, "transformer", d_head=16)), downsampling="average"
+)
 LOCAL_GLOBAL = replace(PLAIN, num_classes=10, mapping_cond_dim=6, mapping_depth=1)
 
 
 @pytest.mark.parametrize(
     ("config", "autocast"),
-    [(LOCAL_GLOBAL, False), (LOCAL_GLOBAL, True), (WINDOWS, False), (SMALL_DIT, True)],
-    ids=["hdit", "hdit under autocast", "hdit with windows", "dit under autocast"],
+    [(LOCAL_GLOBAL, False), (LOCAL_GLOBAL, True), (WINDOWS, False), (SMALL_DIT, True), (CONV_GLOBAL, False)],
+    ids=["hdit", "hdit under autocast", "hdit with windows", "dit under autocast", "uvit"],
 )
 def test_compiles_as_one_graph_forward_and_backward(config, autocast):
     model = build(config, torch.float32)
@@ -393,10 +430,10 @@ def test_compiles_as_one_graph_forward_and_backward(config, autocast):
     assert max(relative(a, b) for a, b in zip(got, expected, strict=True)) < (0.05 if autocast else 2e-5)
 
 
-@pytest.mark.parametrize("config", [MIXED, SMALL_DIT], ids=["hdit", "dit"])
+@EVERY
 def test_runs_on_the_meta_device(config):
     with torch.device("meta"):
-        model = (HDiT if isinstance(config, HDiTConfig) else DiT)(config)
+        model = from_config(config)
         x, sigma = torch.empty(2, 3, 512, 1024), torch.empty(2)
         cond = {"class_cond": torch.empty(2, dtype=torch.int64), "mapping_cond": torch.empty(2, 6)}
     y = model(x, sigma, **cond)

@@ -1,5 +1,14 @@
 """Noise schedules, preconditioning, losses, samplers, guidance and likelihood of the diffusion models."""
 
-from . import guidance, likelihood, losses, noise, preconditioning, samplers, schedules
+from . import diffusers_scheduler, guidance, likelihood, losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["guidance", "likelihood", "losses", "noise", "preconditioning", "samplers", "schedules"]
+__all__ = [
+    "diffusers_scheduler",
+    "guidance",
+    "likelihood",
+    "losses",
+    "noise",
+    "preconditioning",
+    "samplers",
+    "schedules",
+]

@@ -93,7 +93,7 @@ class Brownian:
     x: gives shape (B, …), device and dtype; seed: one int, or one per image. sigma must lie in [2^-16, 2^16].
     """
 
-    LOW, HIGH = -16 * math.log(2), 16 * math.log(2)
+    RANGE = 16 * math.log(2)  # of |ln sigma|
 
     def __init__(self, x: Tensor, seed: int | Sequence[int] | None = None, *, exponent=-2.0, resolution: float = 1e-3):
         if not 0 < resolution <= 1:
@@ -102,7 +102,7 @@ class Brownian:
             raise ValueError(f"exponent must be a number of absolute value 0.001 to 32, got {exponent!r}")
         self.shape, self.device, self.dtype, self.exponent = x.shape, x.device, x.dtype, float(exponent)
         self.seeds = image_seeds(seed, x.shape[0])
-        self.depth = math.ceil(math.log2((self.HIGH - self.LOW) / resolution))
+        self.depth = math.ceil(math.log2(2 * self.RANGE / resolution))
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """(W(sigma_next) − W(sigma)) / √|difference of the times|: standard normal; zeros where the two are equal."""
@@ -127,19 +127,19 @@ class Brownian:
         return out.to(self.dtype)
 
     def _time(self, sigma: float) -> float:
+        if not 2**-16 <= sigma <= 2**16:
+            raise ValueError(f"sigma must lie in [2^-16, 2^16], got {sigma}")
         return sigma**self.exponent
 
     def _path(self, sigma: float) -> dict[tuple[int, int], float]:
         """W(sigma) as {(level, index) of a node: weight of its Z}, from the whole range down to the last interval."""
-        position = math.log(sigma) if sigma > 0 else -math.inf
-        if not self.LOW <= position <= self.HIGH:
-            raise ValueError(f"sigma must lie in [2^-16, 2^16], got {sigma}")
-        low, high, index = self.LOW, self.HIGH, 0
-        now, first, last = self._time(sigma), self._time(math.exp(low)), self._time(math.exp(high))
+        now, position = self._time(sigma), math.log(sigma)
+        low, high, index = -self.RANGE, self.RANGE, 0
+        first, last = (math.exp(end) ** self.exponent for end in (low, high))
         terms = {(0, 0): (now - min(first, last)) / math.sqrt(abs(last - first))}
         for level in range(1, self.depth + 1):
             middle = (low + high) / 2
-            split = self._time(math.exp(middle))
+            split = math.exp(middle) ** self.exponent
             peak = math.sqrt((split - first) / (last - first) * abs(last - split))
             # The tent rises from 0 at first to its peak at the middle, and falls to 0 at last.
             if position < middle:

@@ -1,6 +1,6 @@
 """Samplers: from noise at sigmas[0] to an image at sigmas[-1], by a denoiser D(x, sigma) that estimates the image.
 
-With x = x0 + sigma·noise and λ = −ln sigma, all of them integrate one family of equations (dW: backwards in sigma)
+With x = x0 + sigma·noise and λ = −ln sigma, all of them integrate one family of equations (W: Brownian in λ)
 
     dx = −(1 + η)·(x − D)·dλ + √(2η)·sigma dW            η = 0: the probability-flow ODE; η = 1: the reverse SDE
 
@@ -44,7 +44,7 @@ def _prepare(denoiser, x: Tensor, sigmas, callback: Callable | None, extra: dict
     if not torch.is_tensor(x) or not x.is_floating_point() or x.dim() < 2:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
         raise ValueError(f"x must be a floating-point tensor of shape (B, …), got {got}")
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    levels = sigmas.detach().cpu().double() if torch.is_tensor(sigmas) else torch.tensor(sigmas, dtype=torch.float64)
     if levels.dim() != 1 or len(levels) < 2:
         raise ValueError(f"sigmas must have shape (n + 1,) for n steps, 1 at least, got {tuple(levels.shape)}")
     levels = levels.tolist()
@@ -86,21 +86,21 @@ def add_noise(x: Tensor, unit_noise: Tensor, std: float) -> Tensor:
 # ---- EDM: Euler and Heun --------------------------------------------------------------------------------------------
 
 
-def _churn(x, sigma, gamma, s_noise, noise_sampler) -> tuple[Tensor, float]:
-    """x with fresh noise at the higher level sigma·(1 + gamma), and that level."""
-    if gamma == 0:
-        return x, sigma
-    sigma_hat = sigma * (1 + gamma)
+def _churn(x, sigma, sigma_hat, s_noise, noise_sampler) -> tuple[Tensor, float]:
+    """x with fresh noise up to the level sigma_hat, and that level."""
     return add_noise(x, noise_sampler(sigma, sigma_hat), s_noise * math.sqrt(sigma_hat**2 - sigma**2)), sigma_hat
 
 
-def _edm(denoiser, x, sigmas, correct, s_churn, s_tmin, s_tmax, s_noise, noise_sampler, seed, callback, extra):
+def _edm(denoiser, x, sigmas, correct, churn, noise_sampler, seed, callback, extra):
+    """Euler's method, corrected or not, each step after some churn."""
+    s_churn, s_tmin, s_tmax, s_noise = churn
     _check_options(s_churn=s_churn, s_tmin=s_tmin, s_noise=s_noise)
     x, sigmas, denoise = _prepare(denoiser, x, sigmas, callback, extra)
     noise_sampler = noise_sampler or (noise.Gaussian(x, seed) if s_churn else None)
-    churn = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        x, sigma = _churn(x, sigma, churn if s_tmin <= sigma <= s_tmax else 0.0, s_noise, noise_sampler)
+        if gamma and s_tmin <= sigma <= s_tmax:
+            x, sigma = _churn(x, sigma, sigma * (1 + gamma), s_noise, noise_sampler)
         denoised = denoise(x, sigma, i)
         euler_step = first_order(x, denoised, sigma_next / sigma)
         if correct and sigma_next > 0:
@@ -121,9 +121,8 @@ def euler(
 
     s_churn: fresh noise before each step whose sigma is in [s_tmin, s_tmax], counted over all steps; 0: the ODE.
     """
-    return _edm(
-        denoiser, x, sigmas, False, s_churn, s_tmin, s_tmax, s_noise, noise_sampler, seed, callback, extra
-    )  # fmt: skip
+    churn = (s_churn, s_tmin, s_tmax, s_noise)
+    return _edm(denoiser, x, sigmas, False, churn, noise_sampler, seed, callback, extra)
 
 
 @torch.no_grad()
@@ -135,9 +134,8 @@ def heun(
 
     Options as in ``euler``; the callback sees the first evaluation of each step.
     """
-    return _edm(
-        denoiser, x, sigmas, True, s_churn, s_tmin, s_tmax, s_noise, noise_sampler, seed, callback, extra
-    )  # fmt: skip
+    churn = (s_churn, s_tmin, s_tmax, s_noise)
+    return _edm(denoiser, x, sigmas, True, churn, noise_sampler, seed, callback, extra)
 
 
 # ---- First order with fresh noise -----------------------------------------------------------------------------------
@@ -247,8 +245,8 @@ def dpmpp_3m_sde(
 ):  # fmt: skip
     """DPM-Solver++(3M) for the SDE, of k-diffusion: HDiT's sampler, with 50 steps.
 
-    solver_type: "k-diffusion" takes half of D's second derivative, as k-diffusion and the code of DPM-Solver do, which
-    leaves the method at second order; "taylor" takes all of it, and its error falls with the third.
+    solver_type: "k-diffusion" takes half of D's second derivative, as k-diffusion and diffusers do, which leaves the
+    method at second order; "taylor" takes all of it, and its error falls with the third.
     """
     curvatures = {"k-diffusion": 0.5, "taylor": 1.0}
     if solver_type not in curvatures:
