@@ -89,6 +89,15 @@ def test_samples_have_one_size_and_broken_ones_are_counted(tmp_path):
         everything(source)
 
 
+def test_the_folder_of_hdit_sample(tmp_path):
+    (tmp_path / "out").mkdir()
+    folder(tmp_path / "out" / "images", 6)
+    (tmp_path / "out" / "samples.json").write_text("{}")
+    Image.fromarray(pixels(1, 50, 60)[0]).save(tmp_path / "out" / "grid.png")
+    (source,) = open_samples((str(tmp_path / "out"),), "builtin", None, None, 0, "cpu", {})
+    assert source.size == (16, 24) and len(everything(source)) == 6
+
+
 def test_a_checkpoint_is_sampled_as_its_file_says(tmp_path):
     torch.manual_seed(0)
     config = HDiTConfig.for_resolution(16, 16, inner=Level(1, 32, attention=Global(16)), num_classes=3)
@@ -106,12 +115,12 @@ def test_a_checkpoint_is_sampled_as_its_file_says(tmp_path):
             sigma_max=20.0, num_classes=3, classes=[0, 1, 2],
         )  # fmt: skip
     assert ((got - want.clamp(-1, 1)).abs().max()) <= 1 / 255 + 1e-5, "at 8 bits"
-    source.options["classes"] = None
+    source.options |= {"classes": None}
     assert (everything(source) - got).abs().max() > 0.05, "classes take turns"
     steps = open_samples((str(tmp_path / "m.safetensors"),), "builtin", None, 7, 5, "cpu", {"steps": 4})
     assert not torch.equal(everything(steps[0]), got)
     model.save_pretrained(tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="does not say its objective and resolution"):
+    with pytest.raises(ValueError, match="does not name its resolution"):
         open_samples((str(tmp_path / "m.safetensors"),), "builtin", None, 7, 5, "cpu", {})
 
 
