@@ -163,6 +163,15 @@ def test_every_number_comes_with_what_it_depends_on(tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(100_000)) > 10
 
 
+def test_spectra_alone_and_values_that_are_not_finite(tmp_path):
+    own = folder(tmp_path / "own", 6)
+    Evaluate(own, (own,), metrics=("spectrum",), output=tmp_path / "x.json").run()
+    (row,) = json.loads((tmp_path / "x.json").read_text())
+    assert row["extractor"] == "spectrum" and row["high_frequency_ratio"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="samples 'mine' have values that are not finite, after 3 images"):
+        evaluate.collect("mine", [torch.rand(3, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan)], [])
+
+
 def test_distances_against_the_step_are_drawn(tmp_path):
     names = [folder(tmp_path / f"samples-{step:05d}", 8, seed=step) for step in (100, 2000)]
     command = Evaluate(
