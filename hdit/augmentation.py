@@ -9,8 +9,9 @@ The transform is a function of the 9-vector that the network sees:
     3, 4  cos − 1, sin of the rotation
 
 Angles turn from the x axis (right) to the y axis (down). Order and sizes as in k-diffusion, which HDiT was trained
-with: shift, stretch, rotate, scale, mirror. There a is normal, of either sign, and (a, angle) and (−a, angle + π) have
-one vector and opposite stretches; |a| gives the same distribution of images, and the vector says which one it is.
+with: shift, stretch, rotate, scale, mirror. One thing differs: there a is of either sign, so (a, angle) and
+(−a, angle + π) give one vector and opposite stretches; here the vector says which one it is, and the distributions of
+vectors and of images are the same.
 """
 
 import math
@@ -57,8 +58,8 @@ def draw(probability: float, generator: torch.Generator) -> torch.Tensor:
             scale * chances[1],
             (rotation.cos() - 1) * chances[2],
             rotation.sin() * chances[2],
-            stretch.abs() * axis.cos() * chances[3],
-            stretch.abs() * axis.sin() * chances[3],
+            stretch * axis.cos() * chances[3],
+            stretch * axis.sin() * chances[3],
             right * chances[4],
             down * chances[4],
         ]

@@ -119,7 +119,9 @@ class Batches:
         context = None
         if self.workers:  # never fork: threads and CUDA of this process would be broken there
             methods = multiprocessing.get_all_start_methods()
-            context = "forkserver" if "forkserver" in methods else "spawn"
+            context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+            if "forkserver" in methods:  # PyTorch is then imported once, not by every worker
+                context.set_forkserver_preload([__name__])
         return iter(
             torch.utils.data.DataLoader(
                 self.loader,

@@ -57,24 +57,28 @@ class Collected:
 
 
 def collect(
-    name: str, batches: Iterable[Tensor], extractors: list[Extractor], metrics=METRICS, device="cpu", total=None
+    name: str, batches: Iterable[Tensor], extractors: list[Extractor], metrics=METRICS, total: int | None = None
 ) -> Collected:
-    """Pass batches of images, (B, 3, H, W) in [-1, 1], through every extractor; ``device`` is where those run.
+    """Pass batches of images, (B, 3, H, W) in [-1, 1], through every extractor.
 
-    total: number of images, for the progress bar, which is shown where standard error is a terminal.
+    total: number of images, for the progress bar, which is shown where standard error is a terminal. Raises ValueError
+    for values that are not finite.
     """
     found = Collected(name, features=[Features(each) for each in extractors])
     found.spectrum = Spectrum() if "spectrum" in metrics else None
+    keep = {"kid", "precision"} & set(metrics)
     with tqdm(total=total, desc=name, unit="image", disable=None, leave=False) as bar:
         for images in batches:
+            if not images.isfinite().all():
+                raise ValueError(f"samples {name!r} have values that are not finite, after {found.images} images")
             images = evaluate_images.rounded(images)
             if found.spectrum is not None:
                 found.spectrum.add(images)
-            for each in found.features if set(metrics) - {"spectrum"} else ():
-                rows = each.extractor(images.to(device), found.images)
-                rows = rows if rows.device.type == "cuda" else rows.cpu()  # others have no float64
+            for each in found.features:
+                rows = each.extractor(images, found.images).cpu()  # where there is float64
                 each.moments.add(rows.flatten(0, 1))
-                each.rows.append(rows[:, 0].float().cpu())
+                if keep:
+                    each.rows.append(rows[:, 0].float())
                 if each.extractor.probabilities is not None:
                     each.probabilities.append(each.extractor.probabilities.cpu())
             found.images += len(images)
@@ -98,7 +102,7 @@ def compare(real: Collected, samples: Collected, metrics=METRICS, patch_size: in
         row["extractor"] = own.extractor.name
         if "frechet" in metrics:
             row["frechet_distance"] = evaluate_metrics.frechet_distance(
-                *reference.mean_and_covariance(), *(value.cpu() for value in own.mean_and_covariance())
+                *reference.mean_and_covariance(), *own.mean_and_covariance()
             )
         if {"kid", "precision"} & set(metrics) and reference.rows:
             device = device if torch.device(device).type == "cuda" else "cpu"
@@ -194,13 +198,11 @@ class Evaluate:
             self.samples, self.real, self.resolution, self.count, self.seed, self.device, options
         )
         real = evaluate_images.open_real(self.real, samples[0].size, self.real_count, self.seed)
-        extractors = [self._extractor(name) for name in self.extractor]
+        extractors = [self._extractor(name) for name in self.extractor if self.metrics != ("spectrum",)]
         reference = self._reference(real, extractors)
         rows, spectra = [], {}
         for source in samples:
-            found = collect(
-                source.name, source.batches(), extractors, self.metrics, self.device, getattr(source, "count", None)
-            )
+            found = collect(source.name, source.batches(), extractors, self.metrics, getattr(source, "count", None))
             found.unreadable = source.unreadable
             compared = compare(reference, found, self.metrics, self.patch_size, self.device)
             rows += [{**row, "resolution": list(source.size), "seed": self.seed} for row in compared]
@@ -235,11 +237,9 @@ class Evaluate:
                 raise ValueError(f"real {self.real!r} has statistics and no images; metrics must be frechet alone")
             found = Collected(real.name, features=[Features(extractors[0])])
         else:
-            found = collect(
-                real.name, real.batches(), extractors, self.metrics, self.device, getattr(real, "count", None)
-            )
+            found = collect(real.name, real.batches(), extractors, self.metrics, getattr(real, "count", None))
             found.unreadable = real.unreadable
-        if statistics:
+        if statistics and found.features:
             found.features[0].statistics = real.statistics()
         return found
 

@@ -109,7 +109,7 @@ class TorchFidelity(Extractor):
             )
         from torch_fidelity.utils import create_feature_extractor
 
-        self.name = name
+        self.name, self.device = name, device
         kind, layers, self.resize = self.KINDS[name]
         path = None if weights is None else str(weights)
         self.network = create_feature_extractor(
@@ -120,7 +120,7 @@ class TorchFidelity(Extractor):
 
     @torch.no_grad()
     def __call__(self, images, first):
-        features, *logits = self.network(((images + 1) * 127.5).round().to(torch.uint8))
+        features, *logits = self.network(((images + 1) * 127.5).round().to(self.device, torch.uint8))
         self.probabilities = logits[0].double().softmax(1) if logits else None
         return features[:, None]
 
@@ -140,13 +140,13 @@ class External(Extractor):
             self.name = getattr(function, "__qualname__", type(function).__qualname__)
             self.version = f"callable of {getattr(function, '__module__', type(function).__module__)}"
             self.function = function
-        self.side = resize
+        self.side, self.device = resize, device
         if resize is not None:
             self.resize = f"bicubic, antialiased, longer side {resize}"
 
     @torch.no_grad()
     def __call__(self, images, first):
-        found = self.function(images if self.side is None else reduced(images, self.side))
+        found = self.function((images if self.side is None else reduced(images, self.side)).to(self.device))
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"extractor {self.name!r} must give ({len(images)}, d) features, got {got}")

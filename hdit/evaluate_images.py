@@ -143,28 +143,26 @@ class Noise:
 
 
 class Checkpoint:
-    """Samples of a model file, or of a checkpoint of ``hdit train`` (its averaged weights); ``options`` are those of
-    ``sample.stream``, over what the file says about sampler, steps and noise levels. Classes take turns."""
+    """Samples of a model file, or of a checkpoint of ``hdit train`` (its averaged weights), made as by ``hdit sample``.
+
+    options: fields of ``sample.Sample``. Classes take turns.
+    """
 
     def __init__(self, path: str, size: tuple[int, int] | None, count: int, device: str, options: dict):
         training = pretrained.read_header(path).get("format") == pretrained.TRAINING_FORMAT
         model, facts = export.load_training(path) if training else pretrained.load(path)
-        if "objective" not in facts or (size is None and "resolution" not in facts):
-            raise ValueError(f"checkpoint {path!r} does not say its objective and resolution, which samples need")
+        height, width = (None, None) if size is None else size
+        command = sample.Sample(Path(path), count=count, batch_size=BATCH, height=height, width=width, **options)
+        self.options = command.settings(model.config, facts)
         self.name, self.count, self.unreadable = path, count, 0
-        self.size = tuple(facts["resolution"]) if size is None else size
-        self.denoiser = losses.objective(facts["objective"], model.to(device)).eval()
-        num_classes = getattr(model.config, "num_classes", 0)
-        known = facts.get("sampler") or {}
-        own = {"sampler": known.get("name"), "steps": known.get("steps")}
-        own |= {key: facts["objective"].get(key) for key in ("sigma_min", "sigma_max")}
-        self.options = {key: value for key, value in (own | options).items() if value is not None}
-        self.options |= {"num_classes": num_classes, "classes": range(num_classes) if num_classes else None}
+        self.size = tuple(self.options["resolution"])
+        self.denoiser = losses.objective(facts.get("objective", {"type": "edm"}), model.to(device)).eval()
 
     @torch.inference_mode()
     def batches(self) -> Iterator[Tensor]:
         """Tensors (up to BATCH, 3, H, W)."""
-        yield from map(rounded, sample.stream(self.denoiser, self.count, self.size, batch_size=BATCH, **self.options))
+        for images in sample.stream(self.denoiser, **self.options):
+            yield rounded(images.expand(-1, 3, -1, -1))
 
 
 def open_real(source: str, size: tuple[int, int], count: int | None, seed: int) -> "DataSet | Npz":
@@ -186,7 +184,8 @@ def open_samples(
     device: str,
     options: dict,
 ) -> list:
-    """The samples of each source: a folder, an .npz file, a checkpoint, ``noise``, or the name of a data set.
+    """The samples of each source: a folder (of ``hdit sample``, for one), an .npz file, a checkpoint, ``noise``, or the
+    name of a data set.
 
     All have one size: ``resolution``, else that of the first that has one of its own (the real .npz is the last asked).
     count: at most, of files; of checkpoints and noise exactly, and then 1000 unless given.
@@ -198,7 +197,8 @@ def open_samples(
             if not found[source].count:
                 raise ValueError(f"samples {source!r} hold no images (arr_0)")
         elif Path(source).is_dir():
-            found[source] = DataSet(Samples(source), count, seed)
+            written = (Path(source) / "samples.json").is_file()  # by hdit sample, with a grid beside the images
+            found[source] = DataSet(Samples(f"{source}/images" if written else source), count, seed)
         elif Path(source).is_file() and not source.endswith(".tar"):
             found[source] = Checkpoint(source, resolution, count or 1000, device, {"seed": seed, **options})
     sizes = [each.size for each in found.values()]

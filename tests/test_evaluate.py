@@ -89,12 +89,21 @@ def test_samples_have_one_size_and_broken_ones_are_counted(tmp_path):
         everything(source)
 
 
+def test_the_folder_of_hdit_sample(tmp_path):
+    (tmp_path / "out").mkdir()
+    folder(tmp_path / "out" / "images", 6)
+    (tmp_path / "out" / "samples.json").write_text("{}")
+    Image.fromarray(pixels(1, 50, 60)[0]).save(tmp_path / "out" / "grid.png")
+    (source,) = open_samples((str(tmp_path / "out"),), "builtin", None, None, 0, "cpu", {})
+    assert source.size == (16, 24) and len(everything(source)) == 6
+
+
 def test_a_checkpoint_is_sampled_as_its_file_says(tmp_path):
     torch.manual_seed(0)
     config = HDiTConfig.for_resolution(16, 16, inner=Level(1, 32, attention=Global(16)), num_classes=3)
     model = HDiT(config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+        torch.nn.init.normal_(parameter, std=0.2)
     spec = {"type": "edm", "sigma_data": 0.5, "sigma_min": 0.02, "sigma_max": 20.0}
     facts = {"objective": spec, "resolution": [16, 16], "sampler": {"name": "dpmpp_2m", "steps": 3}}
     model.save_pretrained(tmp_path / "m.safetensors", **facts)
@@ -106,10 +115,12 @@ def test_a_checkpoint_is_sampled_as_its_file_says(tmp_path):
             sigma_max=20.0, num_classes=3, classes=[0, 1, 2],
         )  # fmt: skip
     assert ((got - want.clamp(-1, 1)).abs().max()) <= 1 / 255 + 1e-5, "at 8 bits"
+    source.options |= {"classes": None}
+    assert (everything(source) - got).abs().max() > 0.05, "classes take turns"
     steps = open_samples((str(tmp_path / "m.safetensors"),), "builtin", None, 7, 5, "cpu", {"steps": 4})
     assert not torch.equal(everything(steps[0]), got)
     model.save_pretrained(tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="does not say its objective and resolution"):
+    with pytest.raises(ValueError, match="does not name its resolution"):
         open_samples((str(tmp_path / "m.safetensors"),), "builtin", None, 7, 5, "cpu", {})
 
 
@@ -118,18 +129,21 @@ def test_a_checkpoint_is_sampled_as_its_file_says(tmp_path):
 
 def test_every_number_comes_with_what_it_depends_on(tmp_path, capsys):
     real, own = folder(tmp_path / "real", 20), folder(tmp_path / "own-7", 9, seed=1)
+    (tmp_path / "own-7" / "broken.png").write_text("no image")
     command = Evaluate(
         real, (own, "noise"), count=12, extractor=("pixels", "patches"), resize=8, output=tmp_path / "new" / "x.json",
         plot=tmp_path / "x.png",
     )  # fmt: skip
-    command.run()
+    with pytest.warns(UserWarning, match=r"left out: .*broken\.png"):
+        command.run()
     rows = json.loads(command.output.read_text())
     assert [(row["samples"], row["extractor"]) for row in rows] == [
         (name, each) for name in (own, "noise") for each in ("pixels", "patches", "spectrum")
     ]
     for row in rows:
         assert row["images"] == (12 if row["samples"] == "noise" else 9)
-        assert row["real_images"] == 20 and row["unreadable"] == row["real_unreadable"] == 0
+        assert row["real_images"] == 20 and row["real_unreadable"] == 0
+        assert row["unreadable"] == (row["samples"] == own)
         assert row["version"] and row["resize"] and row["resolution"] == [16, 24] and row["seed"] == 0
     # the first number again, by hand
     features = [evaluate.extractor("pixels", resize=8)(evaluate_images.rounded(tensors(pixels(n, seed=seed))), 0)[:, 0]
@@ -147,6 +161,15 @@ def test_every_number_comes_with_what_it_depends_on(tmp_path, capsys):
     assert "Fréchet" in printed and f"{rows[0]['frechet_distance']:.4g}" in printed and "longer side 8" in printed
     with Image.open(tmp_path / "x.png") as picture:
         assert len(picture.convert("RGB").getcolors(100_000)) > 10
+
+
+def test_spectra_alone_and_values_that_are_not_finite(tmp_path):
+    own = folder(tmp_path / "own", 6)
+    Evaluate(own, (own,), metrics=("spectrum",), output=tmp_path / "x.json").run()
+    (row,) = json.loads((tmp_path / "x.json").read_text())
+    assert row["extractor"] == "spectrum" and row["high_frequency_ratio"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="samples 'mine' have values that are not finite, after 3 images"):
+        evaluate.collect("mine", [torch.rand(3, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan)], [])
 
 
 def test_distances_against_the_step_are_drawn(tmp_path):

@@ -38,10 +38,11 @@ def test_moments_of_batches_are_numpy_s_also_far_from_zero():
 
 
 def test_frechet_distance_of_commuting_covariances():
-    """With common eigenvectors: |m − m'|² + Σ (√a − √b)²."""
-    basis = torch.linalg.qr(normal(9, 9)).Q
-    a, b = normal(9, seed=1).square(), normal(9, seed=2).square()
-    means = normal(2, 9, seed=3)
+    """With common eigenvectors: |m − m'|² + Σ (√a − √b)². Neither has full rank, and their product less."""
+    basis = torch.linalg.qr(normal(60, 60)).Q
+    a, b = normal(60, seed=1).square(), normal(60, seed=2).square()
+    a[40:] = b[:35] = 0
+    means = normal(2, 60, seed=3)
     got = metrics.frechet_distance(means[0], basis * a @ basis.T, means[1], basis * b @ basis.T)
     want = (means[0] - means[1]).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     assert abs(got - want) < 1e-12 * want

@@ -87,6 +87,13 @@ def test_a_grid_is_seen_at_its_patch_size(patch_size):
         assert spectrum(images + 0.3 * wave(0.21, 0.0, 64, 96)).grid_peak(patch_size) < 1.6, "a wave off the grid"
 
 
+def test_stripes_of_every_width_are_no_grid():
+    """They have all their power on one axis, where its multiples are to be compared with what is beside them."""
+    for axis in (2, 3):
+        stripes = noise(100, 64, 64).mean(axis, keepdim=True).expand(-1, -1, 64, 64)
+        assert spectrum(stripes + 0.01 * noise(100, 64, 64, seed=1)).grid_peak(4) < 1.6
+
+
 def test_a_checkerboard_of_patches_is_a_grid():
     board = torch.ones(8, 8).double()
     board[::2, 1::2] = board[1::2, ::2] = -1
