@@ -66,7 +66,10 @@ def test_an_image_depends_on_its_seed_alone(denoiser, name):
 def test_guidance_of_one_is_none(denoiser):
     plain = generate(denoiser, 3, (16, 16), **OPTIONS)
     assert torch.equal(generate(denoiser, 3, (16, 16), **OPTIONS, guidance=1.0, guidance_rescale=0.7), plain)
-    assert not torch.allclose(generate(denoiser, 3, (16, 16), **OPTIONS, guidance=2.0), plain, atol=1e-3)
+    guided = generate(denoiser, 3, (16, 16), **OPTIONS, guidance=2.0)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+    rescaled = generate(denoiser, 3, (16, 16), **OPTIONS, guidance=2.0, guidance_rescale=1.0)
+    assert not torch.allclose(rescaled, guided, atol=1e-3)
 
 
 def test_classes_and_options_reach_the_denoiser():
@@ -127,13 +130,17 @@ def test_noise_levels():
 def test_zero_terminal_snr_reaches_dark_and_bright_images(brightness):
     """A v network that knows the one image of its data; from pure noise its first step sets the mean."""
 
+    seen = []
+
     def network(z, sigma):
+        seen.append(sigma[0].item())
         one = sigma.view(-1, 1, 1, 1).double()
         alpha, s = (1 + one**2).rsqrt(), one * (1 + one**2).rsqrt()
         return ((alpha * z - brightness) / s).float()  # v of that image
 
     images = generate(SimpleDiffusion(network), 2, (8, 8), schedule="simple-diffusion", zero_terminal=True, steps=8)
     assert (images - brightness).abs().max() <= 1e-3
+    assert seen[0] == 1e4 > seen[1] and len(seen) == 8  # what stands for infinity, then finite levels
 
 
 @pytest.mark.parametrize(
@@ -266,6 +273,9 @@ def test_command(checkpoint, denoiser, tmp_path, capsys):
         difference = pixels - to_pixels(made[None])[0].numpy().astype(int)
         assert abs(difference).max() <= 1  # of 255: other batches, other rounding
         find(picture, torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+    captioned = grid(want, captions=[*NAMES, *NAMES[:2]])
+    assert picture.size == captioned.size
+    assert abs(np.array(picture).astype(int) - np.array(captioned)).max() <= 1
     assert "5 images" in capsys.readouterr().out
 
 
@@ -280,7 +290,10 @@ def test_command_line_wins_over_the_checkpoint(checkpoint, tmp_path):
     assert (settings["sigma_min"], settings["sigma_max"], settings["dtype"]) == (0.02, 40.0, "bfloat16")
     assert Image.open(tmp_path / "images/000001.png").size == (16, 32)
     assert not (tmp_path / "grid.png").exists()
-    command.run()  # the same files again
+    narrow = np.array(Image.open(tmp_path / "images/000001.png")).astype(int)
+    dataclasses.replace(command, dtype="float32").run()  # the same files again
+    wide = np.array(Image.open(tmp_path / "images/000001.png"))
+    assert 0 < abs(narrow - wide).mean() < 8  # of 255
     with pytest.raises(ValueError, match=r"output .*000001\.png of another run"):
         dataclasses.replace(command, count=1).run()
 
@@ -305,6 +318,7 @@ def test_unconditional(checkpoint, tmp_path):
         ({"classes": (3,)}, r"classes .*\[3\]"),
         ({"classes": (1,), "unconditional": True}, "classes and unconditional"),
         ({"unconditional": True, "guidance": 2.0}, r"guidance 2\.0 needs classes"),
+        ({"backend": "nonsense"}, "nonsense"),
         ({"checkpoint": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"device": "cuda:0"}, "device 'cuda:0' is not available")
         if not torch.cuda.is_available()

@@ -258,6 +258,9 @@ def test_churn_reports_the_level_of_the_evaluation():
     expected = [4 / 3 if 0.05 <= s <= 40 else 1.0 for s in SIGMAS[:-1].tolist()]
     assert raised == pytest.approx(expected, rel=1e-12)
     assert set(expected) == {1.0, 4 / 3}
+    seen.clear()
+    samplers.heun(denoiser, X, SIGMAS, callback=seen.append, seed=0, s_churn=90)
+    assert [i["sigma_hat"] / i["sigma"] for i in seen] == pytest.approx([math.sqrt(2)] * 9, rel=1e-12)  # EDM's limit
 
 
 def test_conditions_reach_the_denoiser():
