@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from . import configs, flops
+from . import configs, flops, train
 from .data import UnreadableImage
 from .models import DiT, DiTConfig, HDiT
 from .scaling import Scaling
@@ -98,7 +98,7 @@ class Info:
         return info.main(["--check"] if self.check else [])
 
 
-COMMANDS = {"flops": Flops, "scaling": Scaling, "info": Info}
+COMMANDS = {"train": train.command(), "flops": Flops, "scaling": Scaling, "info": Info}
 
 
 def parse(arguments: list[str] | None):

@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
@@ -33,14 +33,14 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Im
         raise
     # PIL answers broken files with OSError, SyntaxError, ValueError, EOFError, struct.error or DecompressionBombError.
     except Exception as error:
-        cause = "it is empty" if _is_empty(file) else error
+        cause = error
+        if isinstance(error, UnidentifiedImageError):
+            cause = "its format is unknown" if _size(file) else "it is empty"
         raise UnreadableImage(f"{name} is not a readable image: {cause}") from error
 
 
-def _is_empty(file) -> bool:
-    if isinstance(file, str | Path):
-        return Path(file).is_file() and Path(file).stat().st_size == 0
-    return file.seek(0, 2) == 0
+def _size(file: str | Path | BinaryIO) -> int:
+    return Path(file).stat().st_size if isinstance(file, str | Path) else file.seek(0, 2)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

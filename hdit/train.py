@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import augmentation, checkpoints, configs, data, export, models, sample, train_log
+from . import augmentation, checkpoints, configs, data, export, flops, models, sample, train_log
 from .configs.recipe import Training
 from .diffusion import losses, schedules
 from .files import remove_leftovers, replacing
@@ -157,6 +157,7 @@ class Run:
 
         torch.manual_seed(seed_of(options.seed, WEIGHTS))
         self.network = getattr(models, self.model_name)(config).to(self.device)
+        self.macs = flops.count(self.network, self.height, self.width).macs  # and a check that such images fit
         self.network.checkpointing = options.activation_checkpointing
         self._wrap()
         self.objective = losses.objective(self.spec, self.model)
@@ -316,6 +317,11 @@ class Run:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
+        parameters = sum(p.numel() for p in self.network.parameters())
+        self.say(
+            f"{self.model_name} {parameters / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMAC per image of {self.height}"
+            f" x {self.width}; {len(self.images)} images of {self.options.data}; {self.world_size} x {self.device}"
+        )
         self._resume()
         with _signals(self):
             if self.main and not (self.folder / "samples/real.png").exists():

@@ -1,5 +1,14 @@
-"""Noise schedules, preconditioning, losses and samplers of the diffusion models."""
+"""Noise schedules, preconditioning, losses, likelihood, samplers and guidance of the diffusion models."""
 
-from . import diffusers_scheduler, guidance, losses, noise, preconditioning, samplers, schedules
+from . import diffusers_scheduler, guidance, likelihood, losses, noise, preconditioning, samplers, schedules
 
-__all__ = ["diffusers_scheduler", "guidance", "losses", "noise", "preconditioning", "samplers", "schedules"]
+__all__ = [
+    "diffusers_scheduler",
+    "guidance",
+    "likelihood",
+    "losses",
+    "noise",
+    "preconditioning",
+    "samplers",
+    "schedules",
+]

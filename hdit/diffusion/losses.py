@@ -33,7 +33,9 @@ def convert(prediction, z, sigma, source, target):
     """
     for name, value in (("source", source), ("target", target)):
         _one_of(value, PARAMETRIZATIONS, name)
-    sigma, wide = check_inputs(z, sigma, prediction)
+    if prediction.shape != z.shape:
+        raise ValueError(f"prediction must have the shape of z {tuple(z.shape)}, got {tuple(prediction.shape)}")
+    sigma, wide = check_inputs(z, sigma)
     alpha, s = (per_sample(c, z) for c in alpha_sigma(sigma))
     given, z = prediction.to(wide), z.to(wide)
     if source == target:

@@ -1,0 +1,223 @@
+"""Where the images of an evaluation come from, in batches: data sets, .npz files, checkpoints, noise."""
+
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import data, export, sample
+from .data_sets import Folder, Images
+from .diffusion import losses
+from .models import pretrained
+
+BATCH = 64
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Images in [-1, 1] at the 256 levels that a file of 8 bits has."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+class DataSet:
+    """Images of a data set, or of a folder of samples, in an order drawn from ``seed``; broken ones are left out.
+
+    count: at most so many. backwards: from the end of that order, so that a set can be compared with other images of
+    itself. ``unreadable`` counts what was left out, once it has been read.
+    """
+
+    def __init__(self, images: Images, count: int | None, seed: int, backwards: bool = False):
+        self.images, self.size, self.unreadable = images, (images.height, images.width), 0
+        self.name = images.name
+        self.order = np.random.default_rng(seed).permutation(len(images))[:: -1 if backwards else 1][:count]
+
+    def batches(self) -> Iterator[Tensor]:
+        """Tensors (up to BATCH, 3, H, W). Raises UnreadableImage where none can be read."""
+        self.unreadable = 0
+        for start in range(0, len(self.order), BATCH):
+            batch = []
+            for index in self.order[start : start + BATCH].tolist():
+                try:
+                    batch.append(self.images.example(index)[0])
+                except data.UnreadableImage as error:
+                    self.unreadable += 1
+                    warnings.warn(f"left out: {error}", stacklevel=2)
+            if batch:
+                yield rounded(torch.stack(batch))
+        if self.unreadable == len(self.order):
+            raise data.UnreadableImage(f"none of the {len(self.order)} images of {self.name!r} can be read")
+
+
+class Samples(Folder):
+    """A folder of generated images, which are not resized: all of one size, or it is an error."""
+
+    def __init__(self, name: str):
+        super().__init__(name, 1, 1, "center", False)
+        for file in self.files:
+            try:
+                with Image.open(Path(name) / file) as image:
+                    self.width, self.height = image.size
+                break
+            except (OSError, SyntaxError, ValueError):  # named when it is read
+                continue
+
+    def example(self, index, generator=None):
+        image = self.read(index)
+        if image.size != (self.width, self.height):
+            raise ValueError(
+                f"samples must have one size; {self.files[index]} of {self.name!r} has {image.height}×{image.width} "
+                f"pixels, others {self.height}×{self.width}"
+            )
+        return data.to_tensor(image), self.label(index)
+
+
+class Npz:
+    """ADM's format: arr_0 (N, H, W, 3) uint8 in an .npz, read in pieces; and (mu, sigma) of Inception features.
+
+    ``statistics`` is the path where the file has mu and sigma; ``count`` is 0 where it has no images.
+    """
+
+    def __init__(self, path: str, count: int | None):
+        self.name = self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = set(archive.namelist())
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path!r} is no .npz file: {error}") from None
+        self.has_statistics = {"mu.npy", "sigma.npy"} <= names
+        self.size, self.count, self.unreadable = None, 0, 0
+        if "arr_0.npy" in names:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                shape, dtype = self._header(file)
+            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+                raise ValueError(f"arr_0 of {path!r} must be (N, H, W, 3) uint8, got {shape} {dtype}")
+            self.size = shape[1:3]
+            self.count = shape[0] if count is None else min(shape[0], count)
+        elif not self.has_statistics:
+            raise ValueError(
+                f"{path!r} holds neither images (arr_0) nor statistics (mu, sigma); it has {sorted(names)}"
+            )
+
+    @staticmethod
+    def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if fortran:
+            raise ValueError(f"arr_0 must be stored in C order, got Fortran order for {shape}")
+        return shape, dtype
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """mu (d,), sigma (d, d) in float64."""
+        with np.load(self.path) as file:
+            return torch.from_numpy(file["mu"].astype(np.float64)), torch.from_numpy(file["sigma"].astype(np.float64))
+
+    def batches(self) -> Iterator[Tensor]:
+        """Tensors (up to BATCH, 3, H, W)."""
+        if not self.count:
+            raise ValueError(f"{self.path!r} has statistics and no images, which only the Fréchet distance can use")
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            self._header(file)
+            bytes_each = 3 * self.size[0] * self.size[1]
+            for start in range(0, self.count, BATCH):
+                content = file.read(bytes_each * min(BATCH, self.count - start))
+                pixels = np.frombuffer(content, np.uint8).reshape(-1, *self.size, 3)
+                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Noise:
+    """White Gaussian noise with the deviation of images (0.5): what any model must beat."""
+
+    def __init__(self, size: tuple[int, int], count: int, seed: int):
+        self.name, self.size, self.count, self.seed, self.unreadable = "noise", size, count, seed, 0
+
+    def batches(self) -> Iterator[Tensor]:
+        """Tensors (up to BATCH, 3, H, W)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for start in range(0, self.count, BATCH):
+            yield rounded(0.5 * torch.randn(min(BATCH, self.count - start), 3, *self.size, generator=generator))
+
+
+class Checkpoint:
+    """Samples of a model file, or of a checkpoint of ``hdit train`` (its averaged weights); ``options`` are those of
+    ``sample.stream``, over what the file says about sampler, steps and noise levels. Classes take turns."""
+
+    def __init__(self, path: str, size: tuple[int, int] | None, count: int, device: str, options: dict):
+        training = pretrained.read_header(path).get("format") == pretrained.TRAINING_FORMAT
+        model, facts = export.load_training(path) if training else pretrained.load(path)
+        if "objective" not in facts or (size is None and "resolution" not in facts):
+            raise ValueError(f"checkpoint {path!r} does not say its objective and resolution, which samples need")
+        self.name, self.count, self.unreadable = path, count, 0
+        self.size = tuple(facts["resolution"]) if size is None else size
+        self.denoiser = losses.objective(facts["objective"], model.to(device)).eval()
+        num_classes = getattr(model.config, "num_classes", 0)
+        known = facts.get("sampler") or {}
+        own = {"sampler": known.get("name"), "steps": known.get("steps")}
+        own |= {key: facts["objective"].get(key) for key in ("sigma_min", "sigma_max")}
+        self.options = {key: value for key, value in (own | options).items() if value is not None}
+        self.options |= {"num_classes": num_classes, "classes": range(num_classes) if num_classes else None}
+
+    @torch.inference_mode()
+    def batches(self) -> Iterator[Tensor]:
+        """Tensors (up to BATCH, 3, H, W)."""
+        yield from map(rounded, sample.stream(self.denoiser, self.count, self.size, batch_size=BATCH, **self.options))
+
+
+def open_real(source: str, size: tuple[int, int], count: int | None, seed: int) -> "DataSet | Npz":
+    """The real images: a data set, cropped and resized to ``size``, or an .npz file, whose images must have it."""
+    if source.endswith(".npz"):
+        found = Npz(source, count)
+        if found.size not in (None, size):
+            raise ValueError(f"real {source!r} has {_x(found.size)} pixels, and the samples have {_x(size)}")
+        return found
+    return DataSet(data.open_images(source, *size), count, seed)
+
+
+def open_samples(
+    sources: tuple[str, ...],
+    real: str,
+    resolution: tuple[int, int] | None,
+    count: int | None,
+    seed: int,
+    device: str,
+    options: dict,
+) -> list:
+    """The samples of each source: a folder, an .npz file, a checkpoint, ``noise``, or the name of a data set.
+
+    All have one size: ``resolution``, else that of the first that has one of its own (the real .npz is the last asked).
+    count: at most, of files; of checkpoints and noise exactly, and then 1000 unless given.
+    """
+    found: dict[str, object] = {}
+    for source in sources:
+        if source.endswith(".npz"):
+            found[source] = Npz(source, count)
+            if not found[source].count:
+                raise ValueError(f"samples {source!r} hold no images (arr_0)")
+        elif Path(source).is_dir():
+            found[source] = DataSet(Samples(source), count, seed)
+        elif Path(source).is_file() and not source.endswith(".tar"):
+            found[source] = Checkpoint(source, resolution, count or 1000, device, {"seed": seed, **options})
+    sizes = [each.size for each in found.values()]
+    sizes = [resolution] if resolution is not None else sizes
+    if not sizes and real.endswith(".npz"):
+        sizes = [Npz(real, None).size]
+    if not sizes or sizes[0] is None:
+        raise ValueError(f"resolution must be given for samples {', '.join(sources)}, which have no size of their own")
+    size = sizes[0]
+    for source, each in found.items():
+        if each.size != size:
+            raise ValueError(f"samples {source!r} have {_x(each.size)} pixels; the resolution is {_x(size)}")
+    for source in sources:
+        if source == "noise":
+            found[source] = Noise(size, count or 1000, seed)
+        elif source not in found:
+            found[source] = DataSet(data.open_images(source, *size), count, seed, backwards=True)
+    return [found[source] for source in sources]
+
+
+def _x(size: tuple[int, int]) -> str:
+    return "×".join(map(str, size))
