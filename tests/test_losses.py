@@ -1,5 +1,6 @@
 """Parametrisations and losses against independent arithmetic in float64, and simple diffusion against EDM."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from hdit.diffusion import losses
 from hdit.diffusion.losses import SimpleDiffusion, alpha_sigma, convert, multiscale, objective, training_noise
 from hdit.diffusion.preconditioning import WEIGHTINGS, Denoiser
+from hdit.diffusion.schedules import simple_diffusion_sigmas
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "diffusion.safetensors")
 X, NOISE, SIGMA = GOLDEN["loss_x"], GOLDEN["loss_noise"], GOLDEN["loss_sigma"]
@@ -262,20 +264,37 @@ def test_pure_noise_trains_and_samples(parametrization, kind):
     assert torch.equal(told[1][0], NOISE) and (told[1][1] == 1e4).all()
 
 
-def test_zero_terminal_snr_reaches_bright_images():
-    """Data: every image is 0.9 all over. From sigma = inf the exact v gives it in one step; what training saw, sampling
-    uses, and the mean of the noise has no part in it. From sigma * noise at a finite sigma the mean does shift."""
+@pytest.mark.parametrize("center", [0.9, -0.9])
+def test_zero_terminal_snr_reaches_bright_and_dark_images(center):
+    """Images of brightness N(center, 0.9²) with a pattern of deviation 0.1, by Euler steps from sigma = inf to 0.
+
+    The exact flow takes the mean of n values of noise to center + 0.9 * sqrt(n) * mean. Started as 4 * noise, as if no
+    image were left in it, the same network makes all images gray (Lin et al., section 3).
+    """
+    n = 3 * 8 * 8
 
     def exact(z, sigma):
         alpha, s = (column(c) for c in alpha_sigma(sigma))
-        return (alpha * z - torch.full_like(z, 0.9)) / s  # v, from x0 = alpha z - s v
+        mean = z.mean((1, 2, 3), keepdim=True)
+        x0 = center + 0.81 * alpha / (0.81 * alpha**2 + s**2 / n) * (mean - alpha * center)
+        return (alpha * z - x0 - 0.01 * alpha / (0.01 * alpha**2 + s**2) * (z - mean)) / s
 
-    noise = image(4, 3, 8, 8) + 0.5  # a mean far from 0
-    sigma = torch.full((4,), 20.0, dtype=DOUBLE)
-    made = SimpleDiffusion(exact)
-    x = made.start(noise, sigma)
-    assert abs(float((x - 20 * noise).mean()) - 0.9) < 1e-3
-    assert largest(made(x, sigma) - 0.9) < 1e-9
+    def sample(x, sigmas):
+        for sigma, lower in itertools.pairwise(sigmas):
+            x = x + (x - made(x, sigma.expand(len(x)))) / sigma * (lower - sigma)
+        return x.mean((1, 2, 3))
+
+    made, noise = SimpleDiffusion(exact), image(4, 3, 8, 8)
+    means = noise.mean((1, 2, 3))
+    sigmas = simple_diffusion_sigmas(400, 64, zero_terminal=True, dtype=DOUBLE)
+    got = sample(made.start(noise, sigmas[1].expand(4)), sigmas[1:])
+    assert largest((got - center) / (0.9 * n**0.5 * means) - 1) < 0.05
+    # With few steps the first one decides; noise and its negative then still center where the images do.
+    few, pair = simple_diffusion_sigmas(4, 64, zero_terminal=True, dtype=DOUBLE), torch.cat([noise, -noise])
+    got = sample(made.start(pair, few[1].expand(8)), few[1:])
+    assert abs(float(got.mean()) - center) < 1e-5  # not 0: the network is told 1e4, where a little is left
+    gray = sample(4 * pair, sigmas[sigmas < 4])
+    assert abs(float(gray.mean())) < 0.5 * abs(center)
 
 
 def test_start_from_epsilon_is_refused():

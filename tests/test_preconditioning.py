@@ -113,6 +113,7 @@ def test_callable_weighting():
         ({"sigma_data": "0.5"}, TypeError, "sigma_data .*'0.5'"),
         ({"weighting": "min_snr"}, ValueError, "weighting .*karras.*min_snr"),
         ({"model": 3}, TypeError, "model .*int"),
+        ({"reduction": "mean"}, TypeError, "reduction .*str"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, words):

@@ -79,6 +79,8 @@ class Denoiser(torch.nn.Module):
             raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
         if not callable(weighting) and weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be a callable or one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        if not callable(reduction):
+            raise TypeError(f"reduction must be callable as reduction(error), got {type(reduction).__name__}")
         self.model = model
         self.sigma_data = float(sigma_data)
         self.weighting = weighting if callable(weighting) else WEIGHTINGS[weighting]

@@ -217,18 +217,13 @@ def _loglogistic(loc=None, scale=0.5, sigma_min=0.0, sigma_max=math.inf, sigma_d
         raise ValueError(
             f"sigma_min and sigma_max must satisfy 0 <= sigma_min < sigma_max, got {sigma_min}, {sigma_max!r}"
         )
-    # As log-odds: sigma is exp(loc + scale * logit(cdf)). Written with the share above, cdf has digits near 1 too.
-    low, high = (
-        torch.tensor((math.log(s) - loc) / scale if s > 0 else -math.inf, dtype=torch.float64)
-        for s in (sigma_min, sigma_max)
-    )
+    # sigma = exp(loc + scale * log-odds). The share above has its digits where the one below is near 1.
+    ends = [(math.log(sigma) - loc) / scale if sigma > 0 else -math.inf for sigma in (sigma_min, sigma_max)]
+    below_ends, above_ends = (torch.sigmoid(sign * torch.tensor(ends, dtype=torch.float64)) for sign in (1, -1))
 
     def inverse(u):
-        below = torch.lerp(*(torch.sigmoid(end).to(u) for end in (low, high)), u).clamp(
-            min=OPEN_END if sigma_min == 0 else 0
-        )
-        above = torch.lerp(*(torch.sigmoid(-end).to(u) for end in (low, high)), u)
-        above = above.clamp(min=OPEN_END if sigma_max == math.inf else 0)
+        below = torch.lerp(*below_ends.to(u), u).clamp(min=0 if sigma_min > 0 else OPEN_END)
+        above = torch.lerp(*above_ends.to(u), u).clamp(min=0 if sigma_max < math.inf else OPEN_END)
         return (loc + scale * (below.log() - above.log())).exp()
 
     return inverse
