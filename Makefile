@@ -26,7 +26,7 @@ $(RUN):
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*/*)
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,bench,test]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,bench,test,train]"
 	touch $@
 
 # What a newcomer sees first: under 6 minutes on 2 cores after the setup. Pictures and tables land in runs/.

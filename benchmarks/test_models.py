@@ -1,5 +1,5 @@
-"""Whole models: images per second of HDiT-B/4 and pixel DiT-B/4 (arXiv 2401.11605, figure 2), and, also compiled, of
-HDiT as k-diffusion trains it on Oxford Flowers; sampling and training.
+"""Whole models: images per second of HDiT-B/4 and pixel DiT-B/4 (arXiv 2401.11605, figure 2), and, also compiled and
+without our ops, of HDiT as k-diffusion trains it on Oxford Flowers; sampling and training.
 
 The floor is the model's multiply-adds at the machine's matmul rate, so 1 / (× floor) is the utilisation.
 """
@@ -10,6 +10,7 @@ import functools
 import pytest
 import torch
 from conftest import DEVICE
+from separate_passes import in_models
 
 import hdit
 import hdit_kernels
@@ -35,9 +36,9 @@ RUNS = [
     (name, backend, side, step)
     for side in SIDES
     for name, backends in (
-        ("HDiT-B/4", ("ours", "reference")),
+        ("HDiT-B/4", ("ours", "reference", "separate passes")),
         ("DiT-B/4", ("ours",)),
-        ("HDiT flowers", ("ours", "compiled ours", "reference", "compiled reference")),
+        ("HDiT flowers", ("ours", "compiled ours", "reference", "compiled reference", "separate passes")),
     )
     for backend in backends
     for step in ("sampling step", "training step")
@@ -54,14 +55,18 @@ def test_model(record, side, name, backend, direction):
     sigma = torch.full((BATCH,), 80.0, device=DEVICE)
     cond = {"class_cond": torch.zeros(BATCH, dtype=torch.long, device=DEVICE)} if model.config.num_classes else {}
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
-    forced = hdit_kernels.use("reference") if "reference" in backend else contextlib.nullcontext()
+
+    def forced():
+        if backend == "separate passes":
+            return in_models()
+        return hdit_kernels.use("reference") if "reference" in backend else contextlib.nullcontext()
 
     def sample():
-        with torch.no_grad(), forced, torch.autocast(DEVICE, dtype, enabled=dtype is not torch.float32):
+        with torch.no_grad(), forced(), torch.autocast(DEVICE, dtype, enabled=dtype is not torch.float32):
             return function(x, sigma, **cond)
 
     def train():
-        with forced, torch.autocast(DEVICE, dtype, enabled=dtype is not torch.float32):
+        with forced(), torch.autocast(DEVICE, dtype, enabled=dtype is not torch.float32):
             function(x, sigma, **cond).float().square().mean().backward()
 
     training = direction == "training step"

@@ -1,4 +1,4 @@
-"""The command line: hdit flops | scaling | info. `hdit COMMAND --help` lists the options of each.
+"""The command line: hdit train | sample | evaluate | export | flops | scaling | schedules | info, each with --help.
 
 What a user can get wrong (an option, a name, a file, a missing package) ends with one line on stderr and exit code 2.
 """
@@ -13,10 +13,13 @@ from pathlib import Path
 
 import tyro
 
-from . import configs, flops, train
+from . import configs, flops, models, train
 from .data import UnreadableImage
-from .models import DiT, DiTConfig, HDiT
+from .evaluate import Evaluate
+from .export import Export
+from .sample import Sample
 from .scaling import Scaling
+from .schedule_plots import Schedules
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Flops:
         for name, side in (("height", height), ("width", width)):
             if side < 1:
                 raise ValueError(f"{name} must be positive, got {side}")
-        model = (DiT if isinstance(found.config, DiTConfig) else HDiT)(found.config)
+        model = models.from_config(found.config)
         counted = flops.count(model, height, width)
         parameters = sum(p.numel() for p in model.parameters())
         print(
@@ -98,7 +101,16 @@ class Info:
         return info.main(["--check"] if self.check else [])
 
 
-COMMANDS = {"train": train.command(), "flops": Flops, "scaling": Scaling, "info": Info}
+COMMANDS = {
+    "train": train.command(),
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "export": Export,
+    "flops": Flops,
+    "scaling": Scaling,
+    "schedules": Schedules,
+    "info": Info,
+}
 
 
 def parse(arguments: list[str] | None):

@@ -1,5 +1,7 @@
-"""hdit export: from what a training run leaves to one model file, for from_pretrained and `hdit sample`."""
+"""hdit export: from what a training run leaves to one model file, for from_pretrained and `hdit sample`, and to a
+program of plain PyTorch operators."""
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,10 @@ from typing import Literal
 import torch
 import tyro
 
+import hdit_kernels
+
 from . import k_diffusion
+from .files import replacing
 from .models import pretrained
 from .models.pretrained import Pretrained
 
@@ -33,14 +38,29 @@ class Export:
     card: str | None = None
     """A description that is kept in the file."""
 
+    program: Path | None = None
+    """Also write the network to this file (.pt2) by torch.export, for the resolution that the checkpoint names and any
+    batch size. It needs PyTorch alone: torch.export.load(FILE).module()(x, sigma, class_cond=…)."""
+
     def run(self):
         if self.output.exists() and self.checkpoint.exists() and self.output.samefile(self.checkpoint):
             raise ValueError(f"output {self.output} is the checkpoint itself; it must be another file")
         found = self._read()
         metadata = found.metadata if self.card is None else {**found.metadata, "card": self.card}
+        if self.program is not None:
+            self._check_program(metadata)
         model = found.model.to(None if self.dtype is None else DTYPES[self.dtype])
         model.save_pretrained(self.output, **metadata)
         print(describe(model, self.output))
+        if self.program is not None:
+            write_program(model, self.program, *metadata["resolution"])
+            print(f"{self.program}: the network for {' x '.join(map(str, metadata['resolution']))} pixels")
+
+    def _check_program(self, metadata: dict) -> None:
+        if not self.program.parent.is_dir():
+            raise ValueError(f"program {self.program} lies in no existing folder")
+        if "resolution" not in metadata:
+            raise ValueError(f"program {self.program} needs a resolution, and checkpoint {self.checkpoint} names none")
 
     def _read(self) -> Pretrained:
         if self.k_diffusion_config is not None:
@@ -80,6 +100,30 @@ def load_training(path: str | Path, *, ema: bool = True) -> Pretrained:
     return Pretrained(
         model.eval(), {name: pretrained.from_json(path, header, name) for name in names} | {"weights": weights}
     )
+
+
+def write_program(model: pretrained.Model, path: Path, height: int, width: int) -> None:
+    """Write F(x; sigma) of `model` for images of height x width, in any number, as torch.export makes it.
+
+    Its operators are PyTorch's own (the references of ours), so that it can be loaded and compiled without this
+    package. Inputs: x in the parameters' dtype, sigma in float32, and class_cond and mapping_cond by name, where the
+    model has them.
+    """
+    config, dtype = model.config, next(model.parameters()).dtype
+    x, sigma = torch.zeros(2, config.in_channels, height, width, dtype=dtype), torch.ones(2)
+    cond = {}
+    if config.num_classes:
+        cond["class_cond"] = torch.zeros(2, dtype=torch.int64)
+    if config.mapping_cond_dim:
+        cond["mapping_cond"] = torch.zeros(2, config.mapping_cond_dim, dtype=dtype)
+    batch = torch.export.Dim("batch", min=1)
+    dynamic = {name: {0: batch} for name in ("x", "sigma", *cond)}
+    with torch.no_grad(), hdit_kernels.use("reference"):
+        program = torch.export.export(model.eval(), (x, sigma), cond, dynamic_shapes=dynamic)
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def describe(model: pretrained.Model, path: Path) -> str:

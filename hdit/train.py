@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from . import augmentation, checkpoints, configs, data, export, flops, models, sample, train_log
-from .configs.recipe import Training
+from .configs import Configuration, Training
 from .diffusion import losses, schedules
 from .files import remove_leftovers, replacing
 from .models import pretrained
@@ -99,11 +99,13 @@ class Train:
 
 
 def command() -> type:
-    """Train with a subcommand for each configuration, whose defaults are its recipe's."""
-    defaults = {
-        name: Train(config=name, recipe=configs.get(name).training or Training(steps=None)) for name in configs.names()
-    }
-    return tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False, sort_subcommands=False)
+    """The command line of ``Train``, with a subcommand for each configuration, whose defaults are its recipe's."""
+    recipes = {name: configs.get(name).training or Training() for name in configs.names()}
+    defaults = {name: Train(config=name, recipe=recipe) for name, recipe in recipes.items()}
+    choice = tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False, sort_subcommands=False)
+    run = {"run": lambda self: self.configuration.run(), "__doc__": Train.__doc__}
+    field_type = Annotated[choice, tyro.conf.arg(name="")]
+    return dataclasses.make_dataclass("TrainCommand", [("configuration", field_type)], namespace=run)
 
 
 def generator(device: str | torch.device, *key: int) -> torch.Generator:
@@ -133,16 +135,27 @@ def noise_levels(recipe: Training, height: int, width: int):
     ends = {"sigma_min": recipe.sigma_min, "sigma_max": recipe.sigma_max}
     if name == "loguniform":
         return schedules.density(name, **ends)
+    if name == "simple-diffusion":
+        options = (max(height, width), recipe.noise_d_low, recipe.noise_d_high)
+        limits = (-2 * math.log(recipe.sigma_max), -2 * math.log(recipe.sigma_min))
+        zero = recipe.zero_terminal
+        return lambda u: schedules.logsnr_to_sigma(
+            schedules.logsnr_interpolated(1 - u, *options, *limits, zero_terminal=zero)
+        )
     images = {"image_d": max(height, width), "noise_d_low": recipe.noise_d_low, "noise_d_high": recipe.noise_d_high}
     given = images if name == "cosine-interpolated" else {}
     return schedules.density(name, sigma_data=recipe.sigma_data, **given, **ends)
 
 
 class Run:
-    """One training run: the model, its average, the optimizer, the stream of images, and where it stands."""
+    """One training run: the model, its average, the optimizer, the stream of images, and where it stands.
 
-    def __init__(self, options: Train):
+    configuration: what ``options.config`` names, or one that has no name.
+    """
+
+    def __init__(self, options: Train, configuration: Configuration | None = None):
         self.options, self.recipe = options, options.recipe
+        self.published = configuration or configs.get(options.config)
         self._check()
         self.accelerator = _accelerator(options, self.recipe.dtype)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -151,12 +164,12 @@ class Run:
         self.folder = options.output or Path("runs/train") / options.config
         self.micro_batch = self._micro_batch()
         self.spec = objective_spec(self.recipe)
-        self.images, config, self.model_name = self._images_and_config()
+        self.images, config = self._images_and_config()
         self.height, self.width = self.images.height, self.images.width
         self.noise_levels = noise_levels(self.recipe, self.height, self.width)
 
         torch.manual_seed(seed_of(options.seed, WEIGHTS))
-        self.network = getattr(models, self.model_name)(config).to(self.device)
+        self.network = models.from_config(config).to(self.device)
         self.macs = flops.count(self.network, self.height, self.width).macs  # and a check that such images fit
         self.network.checkpointing = options.activation_checkpointing
         self._wrap()
@@ -210,9 +223,8 @@ class Run:
         return self.recipe.batch_size // parts
 
     def _images_and_config(self):
-        """The images; the model's configuration, with as many classes as they have; and the name of its class."""
-        options = self.options
-        published = configs.get(options.config)
+        """The images, and the model's configuration, with as many classes as they have."""
+        options, published = self.options, self.published
         height, width = (
             made_for if given is None else given
             for made_for, given in zip(published.resolution, (options.height, options.width), strict=True)
@@ -223,11 +235,11 @@ class Run:
             model = pretrained.build(
                 {"model": plain.get("model"), "config": json.dumps(plain.get("config"))}, options.model
             )
-            return images, model.config, type(model).__name__
+            return images, model.config
         config = published.config
         if options.class_labels and images.class_names:
             config = dataclasses.replace(config, num_classes=len(images.class_names))
-        return images, config, type(config).__name__.removesuffix("Config")
+        return images, config
 
     def _wrap(self) -> None:
         """self.model is what computes a loss; self.network has the parameters."""
@@ -319,8 +331,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         parameters = sum(p.numel() for p in self.network.parameters())
         self.say(
-            f"{self.model_name} {parameters / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMAC per image of {self.height}"
-            f" x {self.width}; {len(self.images)} images of {self.options.data}; {self.world_size} x {self.device}"
+            f"{type(self.network).__name__}, {parameters / 1e6:.2f} M parameters, {self.macs / 1e9:.3f} GMAC per image"
+            f" of {self.height} x {self.width}; {len(self.images)} images of {self.options.data}; {self.device}"
+            + (f" x {self.world_size}" if self.world_size > 1 else "")
         )
         self._resume()
         with _signals(self):
@@ -413,7 +426,7 @@ class Run:
     def _header(self) -> dict:
         names = self.images.class_names
         return {
-            "model": self.model_name,
+            "model": type(self.network).__name__,
             "config": self.network.config.to_dict(),
             "objective": self.spec,
             "resolution": [self.height, self.width],
@@ -443,7 +456,7 @@ class Run:
                 train_log.Log(self.folder).cut(0)
             return
         state, header = checkpoints.load(path)
-        ours = {**self._settings(), "model": self.model_name, "config": self.network.config.to_dict()}
+        ours = {**self._settings(), "model": type(self.network).__name__, "config": self.network.config.to_dict()}
         theirs = {**header["settings"], "model": header["model"], "config": header["config"]}
         for name in ours:
             if ours[name] != theirs.get(name):

@@ -2,17 +2,19 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import tyro
-from test_models import PLAIN, build
+from test_models import PLAIN, build, call
 
 import hdit
 from hdit import export, k_diffusion
-from hdit.models import pretrained
+from hdit.models import HDiTConfig, Level, Neighborhood, pretrained
 
 DATA = Path(__file__).parent / "data"
 OBJECTIVE = {"type": "edm", "sigma_data": 0.5, "weighting": "soft-min-snr", "sigma_min": 1e-3, "sigma_max": 1e3}
@@ -127,6 +129,39 @@ def test_checkpoints_of_k_diffusion(kind, inside, tmp_path):
         run(f"{path} --output {output} {beside} --no-ema")
         state = hdit.HDiT.from_pretrained(output).state_dict()
         assert all(torch.equal(state[name], other[name]) for name in other)
+
+
+USE_PROGRAM = """
+import sys
+import torch
+x, sigma, classes, custom = torch.load(sys.argv[2])
+program = torch.export.load(sys.argv[1])
+network = program.module()
+results = [network(x[:n], sigma[:n], class_cond=classes[:n], mapping_cond=custom[:n]) for n in (1, 3)]
+torch.save(results, sys.argv[3])
+assert not {"hdit", "hdit_kernels"} & sys.modules.keys()
+"""
+NETWORK = HDiTConfig(
+    (Level(1, 32, 48, Neighborhood(16, 3)),), 8, num_classes=10, mapping_cond_dim=6, mapping_width=32, mapping_depth=1
+)
+
+
+def test_program_runs_without_this_package(tmp_path):
+    """In a process that has PyTorch alone, for other batch sizes than it was made with."""
+    model = build(NETWORK, torch.float32)
+    model.save_pretrained(tmp_path / "model.safetensors", resolution=[32, 64])
+    names = [tmp_path / name for name in ("net.pt2", "in.pt", "out.pt")]
+    run(f"{tmp_path / 'model.safetensors'} --output {tmp_path / 'out.safetensors'} --program {names[0]}")
+    x, sigma, cond = call(NETWORK, dtype=torch.float32, batch=3)
+    torch.save((x, sigma, cond["class_cond"], cond["mapping_cond"]), names[1])
+    subprocess.run([sys.executable, "-c", USE_PROGRAM, *map(str, names)], cwd=tmp_path, check=True)
+    for n, got in zip((1, 3), torch.load(names[2]), strict=True):
+        cut = {name: cond[name][:n] for name in ("class_cond", "mapping_cond")}
+        torch.testing.assert_close(got, model(x[:n], sigma[:n], **cut), rtol=1e-4, atol=1e-5)
+
+    model.save_pretrained(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"needs a resolution, and checkpoint .* names none"):
+        run(f"{tmp_path / 'model.safetensors'} --output {tmp_path / 'out.safetensors'} --program {names[0]}")
 
 
 class Code:

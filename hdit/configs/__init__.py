@@ -5,6 +5,7 @@ The ablations of the papers are in `ablations`.
 
 from . import (
     ablations,
+    builtin_64,
     dit_b4,
     ffhq_1024,
     hdit_b4,
@@ -25,6 +26,7 @@ _CONFIGURATIONS: dict[str, Configuration] = {
             module.config, module.resolution, module.training, module.source
         )
         for module in (
+            builtin_64,
             imagenet_128,
             ffhq_1024,
             imagenet_256,

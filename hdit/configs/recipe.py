@@ -29,8 +29,12 @@ class Training:
     """gamma of min-snr; 5 unless given."""
     sigma_data: float = 0.5
     """Standard deviation of the data, edm."""
-    sigma_density: Literal["cosine-interpolated", "v-diffusion", "lognormal", "loguniform"] = "cosine-interpolated"
-    """Distribution of the noise levels in training."""
+    sigma_density: Literal["cosine-interpolated", "simple-diffusion", "v-diffusion", "lognormal", "loguniform"] = (
+        "cosine-interpolated"
+    )
+    """Distribution of the noise levels. simple-diffusion is cosine-interpolated with ends that shift too."""
+    zero_terminal: bool = False
+    """simple-diffusion: rescale the schedule so that the noisiest level shows nothing of the image."""
     sigma_min: float = 1e-3
     """Smallest noise level, in training and sampling."""
     sigma_max: float = 1e3
@@ -40,9 +44,9 @@ class Training:
     sigma_scale: float = 1.2
     """Standard deviation of ln sigma, lognormal."""
     noise_d_low: int = 32
-    """cosine-interpolated: side of the images whose signal-to-noise ratio the noisy end has."""
+    """Side of the images whose signal-to-noise ratio the noisy end has; as noise_d_high of the cosine schedules."""
     noise_d_high: int | None = None
-    """cosine-interpolated: the same at the clean end; the side of the images unless given."""
+    """The same at the clean end; the side of the images unless given."""
     noise_offset: float = 0.0
     """Strength of noise that is constant over an image and channel, for very dark and bright images."""
     class_dropout: float = 0.1

@@ -26,6 +26,7 @@ training = Training(
     objective="simple-diffusion",
     parametrization="v",
     loss="epsilon",
+    sigma_density="simple-diffusion",
     sigma_data=1.0,
     sigma_min=math.exp(-7.5),
     sigma_max=math.exp(7.5),

@@ -55,5 +55,5 @@ def check_dropout(name: str, value: float) -> None:
 
 
 def check_choice(config, name: str, accepted) -> None:
-    if getattr(config, name) not in accepted:
-        raise ValueError(f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(accepted)}")
+    if getattr(config, name) not in tuple(accepted):
+        raise ValueError(f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(map(str, accepted))}")
