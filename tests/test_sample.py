@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from hdit import HDiT, HDiTConfig, sample
 from hdit.diffusion import samplers
 from hdit.diffusion.losses import SimpleDiffusion, objective
-from hdit.models import Global, Level, Neighborhood
+from hdit.models import Global, Level, Neighborhood, pretrained
 from hdit.pictures import grid, to_pixels, write_image
 from hdit.sample import Sample, generate, noise_levels, stream
 
@@ -156,6 +157,7 @@ def test_zero_terminal_snr_reaches_dark_and_bright_images(brightness):
         ({"steps": 0}, "steps .*0"),
         ({"batch_size": 0}, "batch_size .*0"),
         ({"sigma_min": 0.0}, "sigma_min"),
+        ({"zero_terminal": True, "schedule": "simple-diffusion", "steps": 1}, "zero_terminal .*1"),
         ({"zero_terminal": True}, "zero_terminal .*karras"),
         ({"seed": -1}, "seed .*-1"),
         ({"threshold": 2.0}, "percentile .*2"),
@@ -277,6 +279,23 @@ def test_command(checkpoint, denoiser, tmp_path, capsys):
     assert picture.size == captioned.size
     assert abs(np.array(picture).astype(int) - np.array(captioned)).max() <= 1
     assert "5 images" in capsys.readouterr().out
+
+
+def test_every_sampler_and_schedule_is_an_option():
+    options = {field.name: field.type for field in dataclasses.fields(Sample)}
+    assert typing.get_args(typing.get_args(options["sampler"])[0]) == tuple(samplers.SAMPLERS)
+    assert typing.get_args(options["schedule"]) == sample.SCHEDULES
+
+
+def test_checkpoint_of_training(checkpoint, tmp_path):
+    """Its averaged weights, which are those of ``checkpoint``, and not those of the last step."""
+    tensors, header = pretrained.read_tensors(checkpoint), pretrained.read_header(checkpoint)
+    both = {f"ema.{name}": t for name, t in tensors.items()} | {f"model.{name}": 2 * t for name, t in tensors.items()}
+    pretrained.write(tmp_path / "checkpoint.safetensors", both, header | {"format": pretrained.TRAINING_FORMAT})
+    Sample(checkpoint, tmp_path / "model", count=1).run()
+    Sample(tmp_path / "checkpoint.safetensors", tmp_path / "training", count=1).run()
+    images = [(tmp_path / name / "images/000000.png").read_bytes() for name in ("model", "training")]
+    assert images[0] == images[1]
 
 
 def test_command_line_wins_over_the_checkpoint(checkpoint, tmp_path):
