@@ -207,7 +207,7 @@ class Sample:
     seed: int = 0
     """Of the first image; image i has seed + i."""
     height: int | None = None
-    """Pixels: the checkpoint's, or any number that the model's patches divide."""
+    """Pixels, any multiple of what the model's patches and levels need; the checkpoint's unless given."""
     width: int | None = None
     """Pixels, as height."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -256,10 +256,11 @@ class Sample:
 
     def settings(self, config, metadata: dict) -> dict:
         """Resolution and options of ``stream``: the command's, or else the checkpoint's."""
-        if config.mapping_cond_dim:
-            raise ValueError(
-                f"checkpoint {self.checkpoint} needs a vector mapping_cond for each image: use the samplers"
+        if config.mapping_cond_dim or config.in_channels not in (1, 3):
+            needs = (
+                "a vector mapping_cond for each image" if config.mapping_cond_dim else "another way to show an image"
             )
+            raise ValueError(f"checkpoint {self.checkpoint} needs {needs}: call hdit.diffusion.samplers")
         parameters = inspect.signature(stream).parameters
         found = {name: getattr(self, name) for name in parameters if hasattr(self, name)}
         for name, value in defaults(metadata).items():

@@ -359,3 +359,6 @@ def test_checkpoints_that_say_little(tmp_path):
     random_model(dataclasses.replace(CONFIG, num_classes=0, mapping_cond_dim=4)).save_pretrained(path)
     with pytest.raises(ValueError, match="mapping_cond"):
         Sample(path, tmp_path / "out", height=16, width=16).run()
+    random_model(dataclasses.replace(CONFIG, num_classes=0, in_channels=4, out_channels=4)).save_pretrained(path)
+    with pytest.raises(ValueError, match="another way to show an image"):
+        Sample(path, tmp_path / "out", height=16, width=16).run()

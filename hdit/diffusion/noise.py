@@ -40,7 +40,7 @@ def image_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
-    """Seeded, on ``device``; on the CPU for the meta device, which has none."""
+    """Seeded, on ``device``; on the CPU for the meta device, which has none. The CPU's reads 32 bits of the seed."""
     return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed % _WORD)
 
 
