@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdit.diffusion import noise, samplers
+from hdit.diffusion.guidance import Guided, Thresholded
 from hdit.diffusion.samplers import SAMPLERS
 
 DATA = Path(__file__).parent / "data"
@@ -211,21 +212,26 @@ class NoSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_steps_do_not_wait_for_the_device(name):
+def test_steps_do_not_wait_for_the_device(name, guided):
     sampler, watch, calls = SAMPLERS[name], NoSync(), []
     options = {"s_churn": 3.0} if name in ("euler", "heun") else {}
     if "seed" in inspect.signature(sampler).parameters:
         options["seed"] = 0
 
-    def watched(x, sigma):
+    def watched(x, sigma, class_cond=None):
         if not calls:
             watch.__enter__()  # from the first evaluation on: sigmas have been read by then
         calls.append(sigma)
         return denoiser(x, sigma)
 
+    model = watched
+    if guided:
+        options["extra"] = {"class_cond": torch.tensor([0, 1])}
+        model = Thresholded(Guided(watched, 2, num_classes=2, interval=(0.1, 30), rescale=0.5), 0.9)
     try:
-        sampler(watched, X, SIGMAS, **options)
+        sampler(model, X, SIGMAS, **options)
     finally:
         if calls:
             watch.__exit__(None, None, None)
