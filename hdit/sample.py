@@ -230,6 +230,7 @@ class Sample:
         model, metadata = self._load(device)
         settings = self.settings(model.config, metadata)
         denoiser = losses.objective(metadata.get("objective", {"type": "edm"}), model)
+        stream(denoiser, **settings)  # refuses what it cannot do; nothing is made until the batches are asked for
         if self.compile:
             denoiser.model = torch.compile(model)
         images = [{"file": f"images/{s:06}.png", "seed": s} for s in range(self.seed, self.seed + self.count)]
