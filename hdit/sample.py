@@ -236,9 +236,9 @@ class Sample:
         images = [{"file": f"images/{s:06}.png", "seed": s} for s in range(self.seed, self.seed + self.count)]
         if settings["classes"]:
             images = [i | {"class": c} for i, c in zip(images, itertools.cycle(settings["classes"]), strict=False)]
-        self._prepare_folder({image["file"] for image in images})
         kernels = hdit_kernels.use(self.backend) if self.backend else contextlib.nullcontext()
         with kernels:
+            self._prepare_folder({image["file"] for image in images})
             start = time.monotonic()
             pictured = self._write(denoiser, images, settings)
             seconds = time.monotonic() - start

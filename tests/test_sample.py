@@ -347,8 +347,7 @@ def test_unconditional(checkpoint, tmp_path):
 def test_bad_commands_are_named(checkpoint, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         Sample(**{"checkpoint": checkpoint, "output": tmp_path / "out", "steps": 1} | options).run()
-    assert list(tmp_path.glob("out/**/*.png")) == []
-    assert not (tmp_path / "out").exists() or "backend" in options  # which is known to be bad when it is used
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_that_say_little(tmp_path):
