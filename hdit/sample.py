@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import hdit_kernels
 
+from . import export
 from .diffusion import losses, noise, samplers, schedules
 from .diffusion.guidance import Guided, Thresholded
 from .files import remove_leftovers, replacing
@@ -29,7 +30,7 @@ from .models import pretrained
 from .pictures import grid, write, write_image
 from .scaling import device_name
 
-__all__ = ["Sample", "generate", "grid", "noise_levels", "stream"]
+__all__ = ["Sample", "defaults", "generate", "grid", "noise_levels", "stream"]
 SCHEDULES = ("karras", "exponential", "polyexponential", "vp", "simple-diffusion")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,6 +49,8 @@ def noise_levels(
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if zero_terminal and schedule != "simple-diffusion":
         raise ValueError(f"zero_terminal needs the schedule simple-diffusion, got {schedule!r}")
+    if zero_terminal and steps < 2:
+        raise ValueError(f"zero_terminal needs 2 steps at least, got {steps}")
     if schedule == "vp":
         return schedules.vp_sigmas(steps, dtype=torch.float64)
     if schedule == "simple-diffusion":
@@ -116,6 +119,16 @@ def stream(
     return (make(range(*pair)) for pair in itertools.pairwise(ends))
 
 
+def defaults(metadata: dict) -> dict:
+    """What a model file says of the options sampler, steps, sigma_min and sigma_max of ``stream``; None where nothing.
+
+    metadata: of ``models.pretrained.load``.
+    """
+    ends, sampler = metadata.get("objective") or {}, metadata.get("sampler") or {}
+    own = {"sampler": sampler.get("name"), "steps": sampler.get("steps")}
+    return own | {name: ends.get(name) for name in ("sigma_min", "sigma_max")}
+
+
 def _sampler(name: str, eta: float | None) -> Callable:
     """The sampler with its eta; called with a seed, which one that draws nothing does not get."""
     if name not in samplers.SAMPLERS:
@@ -154,7 +167,7 @@ class Sample:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A model file, of hdit export or hdit train."""
+    """A model file, or a checkpoint of hdit train, of which the averaged weights are taken."""
     output: Path = Path("runs/samples")
     """Folder of the images; those of the same seeds are replaced."""
     count: int = 16
@@ -194,7 +207,7 @@ class Sample:
     seed: int = 0
     """Of the first image; image i has seed + i."""
     height: int | None = None
-    """Pixels: the checkpoint's, or any number that the model's patches divide."""
+    """Pixels, any multiple of what the model's patches and levels need; the checkpoint's unless given."""
     width: int | None = None
     """Pixels, as height."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -214,17 +227,18 @@ class Sample:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} is not available: this torch sees no CUDA device")
         _check_ints(count=self.count, batch_size=self.batch_size)
-        model, metadata = pretrained.load(self.checkpoint, dtype=DTYPES[self.dtype], device=device)
+        model, metadata = self._load(device)
         settings = self.settings(model.config, metadata)
         denoiser = losses.objective(metadata.get("objective", {"type": "edm"}), model)
+        stream(denoiser, **settings)  # refuses what it cannot do; nothing is made until the batches are asked for
         if self.compile:
             denoiser.model = torch.compile(model)
         images = [{"file": f"images/{s:06}.png", "seed": s} for s in range(self.seed, self.seed + self.count)]
         if settings["classes"]:
             images = [i | {"class": c} for i, c in zip(images, itertools.cycle(settings["classes"]), strict=False)]
-        self._prepare_folder({image["file"] for image in images})
         kernels = hdit_kernels.use(self.backend) if self.backend else contextlib.nullcontext()
         with kernels:
+            self._prepare_folder({image["file"] for image in images})
             start = time.monotonic()
             pictured = self._write(denoiser, images, settings)
             seconds = time.monotonic() - start
@@ -235,21 +249,24 @@ class Sample:
         self._report(images, settings, seconds, device)
         print(f"{self.output}: {self.count} images, {seconds / self.count:.3g} s each")
 
+    def _load(self, device: torch.device) -> pretrained.Pretrained:
+        if pretrained.read_header(self.checkpoint).get("format") == pretrained.TRAINING_FORMAT:
+            model, metadata = export.load_training(self.checkpoint)
+            return pretrained.Pretrained(model.to(device, DTYPES[self.dtype]), metadata)
+        return pretrained.load(self.checkpoint, dtype=DTYPES[self.dtype], device=device)
+
     def settings(self, config, metadata: dict) -> dict:
         """Resolution and options of ``stream``: the command's, or else the checkpoint's."""
-        if config.mapping_cond_dim:
-            raise ValueError(
-                f"checkpoint {self.checkpoint} needs a vector mapping_cond for each image: use the samplers"
+        if config.mapping_cond_dim or config.in_channels not in (1, 3):
+            needs = (
+                "a vector mapping_cond for each image" if config.mapping_cond_dim else "another way to show an image"
             )
-        ends, sampler = metadata.get("objective", {}), metadata.get("sampler") or {}
-        found = {name: getattr(self, name) for name in inspect.signature(stream).parameters if hasattr(self, name)}
-        defaults = {
-            "sampler": sampler.get("name", "dpmpp_3m_sde"),
-            "steps": sampler.get("steps", 50),
-            "sigma_min": ends.get("sigma_min", 1e-2),
-            "sigma_max": ends.get("sigma_max", 160.0),
-        }
-        found |= {name: value for name, value in defaults.items() if found[name] is None}
+            raise ValueError(f"checkpoint {self.checkpoint} needs {needs}: call hdit.diffusion.samplers")
+        parameters = inspect.signature(stream).parameters
+        found = {name: getattr(self, name) for name in parameters if hasattr(self, name)}
+        for name, value in defaults(metadata).items():
+            if found[name] is None:
+                found[name] = parameters[name].default if value is None else value
         found |= {"classes": self._classes(config, metadata), "num_classes": config.num_classes}
         return found | {"resolution": self._resolution(config, metadata), "channels": config.in_channels}
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from hdit import HDiT, HDiTConfig, sample
 from hdit.diffusion import samplers
 from hdit.diffusion.losses import SimpleDiffusion, objective
-from hdit.models import Global, Level, Neighborhood
+from hdit.models import Global, Level, Neighborhood, pretrained
 from hdit.pictures import grid, to_pixels, write_image
 from hdit.sample import Sample, generate, noise_levels, stream
 
@@ -66,7 +67,10 @@ def test_an_image_depends_on_its_seed_alone(denoiser, name):
 def test_guidance_of_one_is_none(denoiser):
     plain = generate(denoiser, 3, (16, 16), **OPTIONS)
     assert torch.equal(generate(denoiser, 3, (16, 16), **OPTIONS, guidance=1.0, guidance_rescale=0.7), plain)
-    assert not torch.allclose(generate(denoiser, 3, (16, 16), **OPTIONS, guidance=2.0), plain, atol=1e-3)
+    guided = generate(denoiser, 3, (16, 16), **OPTIONS, guidance=2.0)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+    rescaled = generate(denoiser, 3, (16, 16), **OPTIONS, guidance=2.0, guidance_rescale=1.0)
+    assert not torch.allclose(rescaled, guided, atol=1e-3)
 
 
 def test_classes_and_options_reach_the_denoiser():
@@ -127,13 +131,17 @@ def test_noise_levels():
 def test_zero_terminal_snr_reaches_dark_and_bright_images(brightness):
     """A v network that knows the one image of its data; from pure noise its first step sets the mean."""
 
+    seen = []
+
     def network(z, sigma):
+        seen.append(sigma[0].item())
         one = sigma.view(-1, 1, 1, 1).double()
         alpha, s = (1 + one**2).rsqrt(), one * (1 + one**2).rsqrt()
         return ((alpha * z - brightness) / s).float()  # v of that image
 
     images = generate(SimpleDiffusion(network), 2, (8, 8), schedule="simple-diffusion", zero_terminal=True, steps=8)
     assert (images - brightness).abs().max() <= 1e-3
+    assert seen[0] == 1e4 > seen[1] and len(seen) == 8  # what stands for infinity, then finite levels
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,7 @@ def test_zero_terminal_snr_reaches_dark_and_bright_images(brightness):
         ({"steps": 0}, "steps .*0"),
         ({"batch_size": 0}, "batch_size .*0"),
         ({"sigma_min": 0.0}, "sigma_min"),
+        ({"zero_terminal": True, "schedule": "simple-diffusion", "steps": 1}, "zero_terminal .*1"),
         ({"zero_terminal": True}, "zero_terminal .*karras"),
         ({"seed": -1}, "seed .*-1"),
         ({"threshold": 2.0}, "percentile .*2"),
@@ -266,7 +275,27 @@ def test_command(checkpoint, denoiser, tmp_path, capsys):
         difference = pixels - to_pixels(made[None])[0].numpy().astype(int)
         assert abs(difference).max() <= 1  # of 255: other batches, other rounding
         find(picture, torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+    captioned = grid(want, captions=[*NAMES, *NAMES[:2]])
+    assert picture.size == captioned.size
+    assert abs(np.array(picture).astype(int) - np.array(captioned)).max() <= 1
     assert "5 images" in capsys.readouterr().out
+
+
+def test_every_sampler_and_schedule_is_an_option():
+    options = {field.name: field.type for field in dataclasses.fields(Sample)}
+    assert typing.get_args(typing.get_args(options["sampler"])[0]) == tuple(samplers.SAMPLERS)
+    assert typing.get_args(options["schedule"]) == sample.SCHEDULES
+
+
+def test_checkpoint_of_training(checkpoint, tmp_path):
+    """Its averaged weights, which are those of ``checkpoint``, and not those of the last step."""
+    tensors, header = pretrained.read_tensors(checkpoint), pretrained.read_header(checkpoint)
+    both = {f"ema.{name}": t for name, t in tensors.items()} | {f"model.{name}": 2 * t for name, t in tensors.items()}
+    pretrained.write(tmp_path / "checkpoint.safetensors", both, header | {"format": pretrained.TRAINING_FORMAT})
+    Sample(checkpoint, tmp_path / "model", count=1).run()
+    Sample(tmp_path / "checkpoint.safetensors", tmp_path / "training", count=1).run()
+    images = [(tmp_path / name / "images/000000.png").read_bytes() for name in ("model", "training")]
+    assert images[0] == images[1]
 
 
 def test_command_line_wins_over_the_checkpoint(checkpoint, tmp_path):
@@ -280,7 +309,10 @@ def test_command_line_wins_over_the_checkpoint(checkpoint, tmp_path):
     assert (settings["sigma_min"], settings["sigma_max"], settings["dtype"]) == (0.02, 40.0, "bfloat16")
     assert Image.open(tmp_path / "images/000001.png").size == (16, 32)
     assert not (tmp_path / "grid.png").exists()
-    command.run()  # the same files again
+    narrow = np.array(Image.open(tmp_path / "images/000001.png")).astype(int)
+    dataclasses.replace(command, dtype="float32").run()  # the same files again
+    wide = np.array(Image.open(tmp_path / "images/000001.png"))
+    assert 0 < abs(narrow - wide).mean() < 8  # of 255
     with pytest.raises(ValueError, match=r"output .*000001\.png of another run"):
         dataclasses.replace(command, count=1).run()
 
@@ -305,6 +337,7 @@ def test_unconditional(checkpoint, tmp_path):
         ({"classes": (3,)}, r"classes .*\[3\]"),
         ({"classes": (1,), "unconditional": True}, "classes and unconditional"),
         ({"unconditional": True, "guidance": 2.0}, r"guidance 2\.0 needs classes"),
+        ({"backend": "nonsense"}, "nonsense"),
         ({"checkpoint": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"device": "cuda:0"}, "device 'cuda:0' is not available")
         if not torch.cuda.is_available()
@@ -314,6 +347,7 @@ def test_unconditional(checkpoint, tmp_path):
 def test_bad_commands_are_named(checkpoint, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         Sample(**{"checkpoint": checkpoint, "output": tmp_path / "out", "steps": 1} | options).run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_that_say_little(tmp_path):
@@ -325,4 +359,7 @@ def test_checkpoints_that_say_little(tmp_path):
         Sample(path, tmp_path / "out", height=16, width=16, classes=(0,)).run()
     random_model(dataclasses.replace(CONFIG, num_classes=0, mapping_cond_dim=4)).save_pretrained(path)
     with pytest.raises(ValueError, match="mapping_cond"):
+        Sample(path, tmp_path / "out", height=16, width=16).run()
+    random_model(dataclasses.replace(CONFIG, num_classes=0, in_channels=4, out_channels=4)).save_pretrained(path)
+    with pytest.raises(ValueError, match="another way to show an image"):
         Sample(path, tmp_path / "out", height=16, width=16).run()

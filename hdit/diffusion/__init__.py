@@ -1,4 +1,4 @@
-"""Noise schedules, preconditioning, losses, samplers, guidance and likelihood of the diffusion models."""
+"""Noise schedules, preconditioning, losses, likelihood, samplers and guidance of the diffusion models."""
 
 from . import diffusers_scheduler, guidance, likelihood, losses, noise, preconditioning, samplers, schedules
 

@@ -40,7 +40,7 @@ def image_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
-    """Seeded, on ``device``; on the CPU for the meta device, which has none."""
+    """Seeded, on ``device``; on the CPU for the meta device, which has none. The CPU's reads 32 bits of the seed."""
     return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed % _WORD)
 
 
@@ -87,15 +87,15 @@ class Brownian:
     W is a virtual tree: an interval of sigma is halved (in ln sigma) down to the one that holds the query, and what a
     node adds to W, Z·(a tent over its interval), has a Z that only its place and the image's seed determine. The last
     interval, ``resolution`` wide in ln sigma, carries one Z for the whole bridge in it. So the law is exactly that of
-    Brownian motion for sigmas at least ``resolution`` apart in ln sigma, a query costs log2(22 / resolution) draws for
-    each end, nothing is stored, and additivity holds to rounding.
+    Brownian motion for sigmas at least ``resolution`` apart in ln sigma, and a query costs log2(22 / resolution) draws
+    at most; only the last W is kept.
 
     x: gives shape (B, …), device and dtype; seed: one int, or one per image. sigma must lie in [2^-16, 2^16].
     """
 
     RANGE = 16 * math.log(2)  # of |ln sigma|
 
-    def __init__(self, x: Tensor, seed: int | Sequence[int] | None = None, *, exponent=-2.0, resolution: float = 1e-3):
+    def __init__(self, x: Tensor, seed: int | Sequence[int] | None = None, *, exponent=-2.0, resolution: float = 5e-3):
         if not 0 < resolution <= 1:
             raise ValueError(f"resolution must be in (0, 1], got {resolution!r}")
         if not (math.isfinite(exponent) and 1e-3 <= abs(exponent) <= 32):
@@ -103,28 +103,32 @@ class Brownian:
         self.shape, self.device, self.dtype, self.exponent = x.shape, x.device, x.dtype, float(exponent)
         self.seeds = image_seeds(seed, x.shape[0])
         self.depth = math.ceil(math.log2(2 * self.RANGE / resolution))
+        self.kept: tuple[float | None, Tensor | None] = (None, None)
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         """(W(sigma_next) − W(sigma)) / √|difference of the times|: standard normal; zeros where the two are equal."""
-        sigma, sigma_next = float(sigma), float(sigma_next)
-        elapsed = abs(self._time(sigma_next) - self._time(sigma))
+        elapsed = abs(self._time(float(sigma_next)) - self._time(float(sigma)))
         return self.increment(sigma, sigma_next, 1 / math.sqrt(elapsed) if elapsed else 0.0)
 
     def increment(self, sigma: float, sigma_next: float, scale: float = 1.0) -> Tensor:
         """scale·(W(sigma_next) − W(sigma)), of variance scale²·|sigma_next^exponent − sigma^exponent|."""
-        terms = self._path(sigma_next)
-        for node, weight in self._path(sigma).items():
-            # Subtracting the weights in float64, not two paths in float32, keeps the digits of a small step.
-            terms[node] = terms.get(node, 0.0) - weight
-        # What is below 1e-9 of the result in size would be rounded away in float32: often a third of the draws.
-        least = 1e-9 * math.sqrt(sum(weight**2 for weight in terms.values()))
-        terms = {node: scale * weight for node, weight in terms.items() if abs(weight) > least}
-        out = torch.zeros(self.shape, device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
+        before = self._motion(float(sigma))
+        return ((self._motion(float(sigma_next)) - before) * scale).to(self.dtype)
+
+    def _motion(self, sigma: float) -> Tensor:
+        """W(sigma), from the end of smaller times: W is then not much larger than its steps, and float32 holds both."""
+        if self.kept[0] == sigma:
+            return self.kept[1]
+        weights = self._path(sigma)
+        least = 1e-8 * math.sqrt(sum(weight**2 for weight in weights.values()))  # float32 would round it away
+        w = torch.zeros(self.shape, device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         draw = torch.empty(self.shape[1:], device=self.device)
-        for image, seed in zip(out, self.seeds, strict=True):
-            for node, weight in terms.items():
-                image.add_(draw.normal_(generator=_generator(self.device, _mix(seed, 1, *node))), alpha=weight)
-        return out.to(self.dtype)
+        for image, seed in zip(w, self.seeds, strict=True):
+            for node, weight in weights.items():
+                if abs(weight) > least:
+                    image.add_(draw.normal_(generator=_generator(self.device, _mix(seed, 1, *node))), alpha=weight)
+        self.kept = (sigma, w)  # where one step ends, the next one begins
+        return w
 
     def _time(self, sigma: float) -> float:
         if not 2**-16 <= sigma <= 2**16:

@@ -75,7 +75,7 @@ def first_order(x: Tensor, denoised: Tensor, ratio: float) -> Tensor:
 
     With η = 0 the ratio is sigma'/sigma, and this is Euler's step in sigma, which is DDIM's.
     """
-    return ratio * x + (1 - ratio) * denoised
+    return torch.lerp(denoised, x, ratio)
 
 
 def add_noise(x: Tensor, unit_noise: Tensor, std: float) -> Tensor:
