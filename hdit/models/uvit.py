@@ -215,8 +215,8 @@ class UViT(Model):
 
     The conditioning vector sums embeddings of c_noise = ln(sigma)/4, which is −log-SNR/8 where the data have unit
     deviation, of class, augmentation and custom vector. Fixed sine-cosine positions are added where a level with
-    attention is entered, so that any grid will do. torch.compile needs dynamic=False, a graph for each size: inductor
-    (2.13) cannot order the strides of channels-last views whose sizes are symbols.
+    attention is entered, so that any grid will do. Training several sizes under torch.compile needs dynamic=False:
+    inductor (2.13) cannot order the strides of channels-last views of symbolic size that are kept for backward.
     """
 
     config_class = UViTConfig
