@@ -7,9 +7,9 @@ RUN := $(BIN)/python
 .PHONY: help setup reproduce test emulated stress bench lint sanitize cuda-check triton-check counters gpu gpu-wheels clean
 
 help:
-	@echo "make reproduce    set up, check every op, print the FLOP table, draw the scaling plots, time the ops"
+	@echo "make reproduce    set up, check every op, FLOP table, scaling plots, train and sample on photographs, time the ops"
 	@echo "make test         set up, run all tests"
-	@echo "make stress       the same tests on 10 000 random geometries"
+	@echo "make stress       the same tests on 10 000 random geometries; twenty kills of a training run"
 	@echo "make bench        every benchmark; rows and a roofline picture into benchmarks/results/"
 	@echo "make lint         ruff check and format"
 	@echo "make sanitize     test the CPU and the emulated CUDA kernels under Address- and UndefinedBehaviorSanitizer (GCC)"
@@ -29,15 +29,23 @@ $(RUN):
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,bench,test,train]"
 	touch $@
 
-# What a newcomer sees first: under 6 minutes on 2 cores after the setup. Pictures and tables land in runs/.
+# What a newcomer sees first: under 10 minutes on 2 cores after the setup. Pictures and tables land in runs/.
+BUILTIN := --data builtin --crop random --flip --demo-every 0
 reproduce: setup
 	$(RUN) -m hdit_kernels.info --check
 	mkdir -p runs
 	$(BIN)/hdit flops --csv runs/flops.csv
-	$(BIN)/hdit scaling --output runs/scaling --budget-minutes 2.5
+	$(BIN)/hdit schedules --output runs/schedules
+	$(BIN)/hdit train builtin_64 $(BUILTIN) --minutes 3 --demo-count 36 --output runs/train
+	$(BIN)/hdit train builtin_64 $(BUILTIN) --steps 1 --demo-count 9 --output runs/untrained
+	$(BIN)/hdit sample checkpoints/builtin_64.safetensors --count 36 --guidance 1.5 --output runs/samples
+	$(BIN)/hdit evaluate builtin noise runs/untrained/model.safetensors runs/train/model.safetensors \
+		checkpoints/builtin_64.safetensors --count 144 --metrics frechet spectrum --output runs/evaluate.json
+	$(BIN)/hdit scaling --output runs/scaling --budget-minutes 2
 	$(RUN) -m pytest benchmarks --benchmark-only -q --results runs/benchmarks \
 		-k "float32 and (64x64 or 4096x) and not products or 128x128 and sampling and B/4" --disable-warnings
-	@echo "plots: runs/scaling/*.png   tables: runs/flops.csv runs/benchmarks/*.csv"
+	@echo "pictures: runs/train/overview.png runs/samples/grid.png runs/schedules/*.png runs/scaling/*.png"
+	@echo "tables: runs/flops.csv runs/evaluate.json runs/benchmarks/*.csv"
 
 # A process for each core, each with one thread: two threads on two busy cores would wait for each other in a spin.
 test: setup emulated
@@ -52,6 +60,7 @@ emulated: $(RUN)
 
 stress: setup emulated
 	$(RUN) -m pytest tests/test_window.py tests/test_cuda.py --hypothesis-profile stress
+	$(RUN) -m pytest tests -m stress
 
 bench: setup
 	$(RUN) -m pytest benchmarks --benchmark-only -q --disable-warnings

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from . import checkpoints, configs, export, sample, train_log
 from .configs import Configuration, Training
 from .files import remove_leftovers, replacing
+from .models import pretrained
 from .train_step import Trainer, generator
 
 
@@ -39,8 +40,8 @@ class Train:
     data: str | None = None
     """Images: a folder, tar shards, hf:NAME, or builtin, photos, digits, faces (see hdit.data.open_images)."""
     output: Path | None = None
-    """Folder of the run; runs/train/CONFIG unless given. Holds metrics.jsonl, loss.png, samples/, model.safetensors and
-    checkpoints. A run that is there already is resumed."""
+    """Folder of the run; runs/train/CONFIG unless given. Holds metrics.jsonl, overview.png, samples/, checkpoints and
+    model.safetensors. A run that is there already is resumed."""
     recipe: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=lambda: Training(steps=None))
     model: Path | None = None
     """JSON file with the model's configuration, {"model": "HDiT", "config": {…}}, in place of the named one."""
@@ -109,6 +110,7 @@ class Run:
         self.accelerator, self.network = self.trainer.accelerator, self.trainer.network
         self.main, self.world_size = self.accelerator.is_main_process, self.trainer.world_size
         self.folder = options.output or Path("runs/train") / options.config
+        self.model_name = pretrained.model_class(self.network.config).__name__  # sharding gives the class another name
         self.seconds, self.stopped_by = 0.0, None
 
     def train(self) -> int:
@@ -118,10 +120,10 @@ class Run:
             remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
         trainer, parameters = self.trainer, sum(p.numel() for p in self.network.parameters())
-        size = "{} x {}".format(*trainer.resolution)
         self.say(
-            f"{type(self.network).__name__}, {parameters / 1e6:.2f} M parameters, {trainer.macs / 1e9:.3f} GMAC per"
-            f" image of {size}; {len(trainer.images)} images of {self.options.data}; {trainer.device}"
+            f"{self.model_name}, {parameters / 1e6:.2f} M parameters, {trainer.macs / 1e9:.3f} GMAC per image of"
+            f" {trainer.resolution[0]} x {trainer.resolution[1]}; {len(trainer.images)} images of {self.options.data};"
+            f" {self.world_size} x {trainer.device}"
         )
         self._resume()
         with _signals(self):
@@ -216,7 +218,7 @@ class Run:
     def _header(self) -> dict:
         names = self.trainer.images.class_names
         return {
-            "model": type(self.network).__name__,
+            "model": self.model_name,
             "config": self.network.config.to_dict(),
             "objective": self.trainer.spec,
             "resolution": list(self.trainer.resolution),
@@ -246,7 +248,11 @@ class Run:
                 train_log.Log(self.folder).cut(0)
             return
         state, header = checkpoints.load(path)
-        ours = {**self._settings(), "model": type(self.network).__name__, "config": self.network.config.to_dict()}
+        ours = {
+            **self._settings(),
+            "model": self.model_name,
+            "config": self.network.config.to_dict(),
+        }
         theirs = {**header["settings"], "model": header["model"], "config": header["config"]}
         for name in ours:
             if ours[name] != theirs.get(name):
@@ -299,9 +305,9 @@ class Run:
         if self.main:
             export.from_training(checkpoints.latest(self.folder), self.folder / "model.safetensors")
             if importlib.util.find_spec("matplotlib"):
-                train_log.draw({self.options.config: self.folder}, self.folder / "loss.png")
+                train_log.overview(self.folder, self.folder / "overview.png", self.options.config)
             else:
-                self.say("loss.png needs matplotlib: pip install 'hdit[plots]'")
+                self.say("overview.png needs matplotlib: pip install 'hdit[plots]'")
             self.say(f"trained {self.trainer.step} steps; {self.folder / 'model.safetensors'} is for hdit sample")
         self.accelerator.wait_for_everyone()
 

@@ -47,21 +47,33 @@ def smoothed(values: list[float], window: int) -> list[float]:
     return result
 
 
-def draw(runs: dict[str, Path], path: str | Path, title: str = "") -> None:
-    """The loss curves of runs (label -> folder) as one picture. ModuleNotFoundError where matplotlib is missing."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+def curve(axes, runs: dict[str, Path]) -> None:
+    """Loss against step of runs (label -> folder): smoothed, and of a single run every step as well."""
     for label, folder in runs.items():
         entries = read(Path(folder) / "metrics.jsonl")
         losses, at = [entry["loss"] for entry in entries], [entry["step"] for entry in entries]
         window = max(1, len(losses) // 50)
-        (line,) = axes.plot(at, smoothed(losses, window), label=f"{label} (mean of {window} steps)", zorder=2)
+        (line,) = axes.plot(at, smoothed(losses, window), label=f"{label}, mean of {window} steps", zorder=2)
         if len(runs) == 1:
             axes.plot(at, losses, color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
-    axes.set(xlabel="step", ylabel="loss", title=title, yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+
+
+def overview(folder: Path, path: str | Path, title: str = "") -> None:
+    """One picture of a run: its loss, real images, and samples of its last grid."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    last = max(folder.glob("samples/step-*.png"))
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    loss, real, samples = figure.subplots(1, 3)
+    curve(loss, {"loss": folder})
+    loss.set_title(title)
+    for axes, file, name in ((real, folder / "samples/real.png", "images"), (samples, last, f"samples, {last.stem}")):
+        axes.imshow(imread(file), interpolation="nearest")
+        axes.set_title(name)
+        axes.axis("off")
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=110, format="png")
