@@ -25,7 +25,9 @@ from hdit.files import replacing
 from hdit.train import Train
 from hdit.train_step import Trainer
 
-TABLES = {"hdit": ablations.HDIT, "simple-diffusion": ablations.SIMPLE_DIFFUSION}
+HDIT = ablations.HDIT["F soft-min-SNR (HDiT)"]
+EDM = dataclasses.replace(HDIT, training=dataclasses.replace(HDIT.training, loss_weighting="karras"))
+TABLES = {"hdit": {**ablations.HDIT, "F' EDM's weighting": EDM}, "simple-diffusion": ablations.SIMPLE_DIFFUSION}
 SOURCE, SIDE, SAMPLES, SAMPLING_STEPS = "builtin", 64, 256, 12
 COLUMNS = (
     "table", "row", "pixels_fd", "patches_fd", "paper_fid", "loss", "parameters", "gmac", "steps", "batch", "seconds",

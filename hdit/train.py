@@ -29,6 +29,9 @@ from .models import pretrained
 from .train_step import Trainer, generator
 
 
+ALIASES = {"flowers": "oxford_flowers_256"}
+
+
 @dataclass
 class Train:
     """Train a model and keep checkpoints, a loss curve and sample grids; the same command resumes a run that stopped.
@@ -95,6 +98,7 @@ def command() -> type:
     """The command line of ``Train``, with a subcommand for each configuration, whose defaults are its recipe's."""
     recipes = {name: configs.get(name).training or Training() for name in configs.names()}
     defaults = {name: Train(config=name, recipe=recipe) for name, recipe in recipes.items()}
+    defaults |= {alias: defaults[name] for alias, name in ALIASES.items()}
     choice = tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False, sort_subcommands=False)
     run = {"run": lambda self: self.configuration.run(), "__doc__": Train.__doc__}
     field_type = Annotated[choice, tyro.conf.arg(name="")]

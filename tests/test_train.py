@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from hdit import checkpoints, configs, files, train, train_log, train_step
+from hdit.__main__ import parse
 from hdit.configs import Training
 from hdit.models import Global, HDiTConfig, Level, Neighborhood
 from hdit.models.pretrained import load
@@ -290,6 +291,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         (tmp_path / f".file.{pid}.tmp").write_text("left")
     files.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f".file.{os.getpid()}.tmp", "file"]
+
+
+def test_the_command_line_has_the_recipes_as_defaults():
+    arguments = ["train", "flowers", "--data", "builtin", "--batch-size", "64", "--betas", "0.8", "0.9"]
+    given = parse(arguments).configuration
+    published = configs.get("oxford_flowers_256").training
+    assert given == train.Train(
+        config="oxford_flowers_256",
+        data="builtin",
+        recipe=dataclasses.replace(published, batch_size=64, betas=(0.8, 0.9)),
+    )
 
 
 def test_every_recipe_makes_an_objective_and_noise_levels():
