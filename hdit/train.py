@@ -28,7 +28,6 @@ from .files import remove_leftovers, replacing
 from .models import pretrained
 from .train_step import Trainer, generator
 
-
 ALIASES = {"flowers": "oxford_flowers_256"}
 
 
