@@ -15,12 +15,11 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", cases.TESTED, ids=str)
-def test_every_backend_agrees_with_the_reference_in_float64(case, dtype, poisoned):
+def agree(case, dtype, chosen):
+    """Compare the chosen backends with the reference; the number that took the call."""
     compared = 0
     for device in DEVICES:
-        for backend in hdit_kernels.available_backends(case.op, device):
+        for backend in filter(chosen, hdit_kernels.available_backends(case.op, device)):
             try:
                 errors = cases.compare(case, dtype, device, backend)
             except hdit_kernels.BackendError as declined:
@@ -29,7 +28,25 @@ def test_every_backend_agrees_with_the_reference_in_float64(case, dtype, poisone
             compared += 1
             wrong = {what: error for what, error in errors.items() if not error <= 1}
             assert not wrong, f"{backend} on {device}, times the allowed error: {wrong}"
-    assert compared
+    return compared
+
+
+# Attention in float16 takes Triton's interpreter minutes: three cases of four wait for `make stress`.
+ATTENTION = [case for case in cases.TESTED if case.op.startswith("neighborhood_attention")]
+LATER = [] if torch.cuda.is_available() else [case for i, case in enumerate(ATTENTION) if i % 4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", cases.TESTED, ids=str)
+def test_every_backend_agrees_with_the_reference_in_float64(case, dtype, poisoned):
+    later = dtype == torch.float16 and case in LATER
+    assert agree(case, dtype, lambda backend: not (later and backend == "triton"))
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("case", LATER, ids=str)
+def test_triton_in_float16_agrees_with_the_reference_in_float64(case, poisoned):
+    agree(case, torch.float16, lambda backend: backend == "triton")
 
 
 @pytest.mark.parametrize("case", [c for c in cases.TESTED if not re.search("empty|no |expanded", c.label)], ids=str)
