@@ -12,6 +12,11 @@ using emulation::self;
 
 enum Operation : int { op_sync_warp = 1, op_uniform, op_any, op_max, op_shuffle, op_mma_bf16, op_mma_f16, op_mma_tf32, op_ldmatrix, op_ldmatrix_trans };
 
+// An instruction that a warp executes together.
+inline void count_of_warp(emulation::Kind kind, Place place) {
+  if (emulation::settings.count) self->block->counts.lines[{place.text(), kind}].requests++;
+}
+
 template <class To, class From>
 inline To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From));
@@ -99,7 +104,7 @@ inline T shuffle_xor(T x, int mask, HDIT_PLACE) {
   } arguments{x, x, mask};
   emulation::meet(op_shuffle, place, &arguments, [place](void** all) {
     self->block->counts.shuffles++;
-    emulation::count_of_warp(emulation::shuffle, place);
+    count_of_warp(emulation::shuffle, place);
     for (int lane = 0; lane < 32; ++lane) {
       auto* me = static_cast<Arguments*>(all[lane]);
       me->out = static_cast<Arguments*>(all[(lane ^ me->mask) & 31])->in;
@@ -135,7 +140,7 @@ inline void multiply(void** all, Read read, Place place) {
     for (int i = 0; i < 4; ++i) x.d[i] = d[(lane >> 2) + 8 * (i >> 1)][2 * (lane & 3) + (i & 1)];
   }
   self->block->counts.mma++;
-  emulation::count_of_warp(emulation::product, place);
+  count_of_warp(emulation::product, place);
   self->block->counts.mma_fma += 2048;  // tf32 has half the rate: its 1024 products cost as much
 }
 inline float read_bf16(uint32_t bits, int i) { return as_float(i ? bits & 0xffff0000u : bits << 16); }

@@ -467,11 +467,6 @@ inline void count(Kind kind, uintptr_t address, int bytes, Place place) {
   }
 }
 
-// An instruction of a warp, told of once.
-inline void count_of_warp(Kind kind, Place place) {
-  if (settings.count) self->block->counts.lines[{place.text(), kind}].requests++;
-}
-
 // ---- checking accesses ---------------------------------------------------------------------------------------------------
 inline unsigned char* shared_byte(uint32_t at) { return self->block->shared + (int64_t(at) - 1024); }
 

@@ -229,8 +229,8 @@ DEVICE Quarter<dim> load_raw(const char* token, int t, uint32_t nothing) {
   return x;
 }
 
-// Where a lane finds 16 neighbouring tokens of a ring row, from its begin, which is aligned to a token; dim·16 bytes are 8
-// tokens, which keep the swizzle.
+// Where a lane finds 16 neighbouring tokens of a ring row, from its begin, which is aligned to a token; dim·16 bytes are
+// 8 tokens, which keep the swizzle.
 template <int dim>
 struct Sixteen {
   uint32_t prepared_at, raw_at, transposed_at;
@@ -298,8 +298,8 @@ DEVICE void pack_seen(uint32_t (&words)[4], const float (&x)[2][4], const uint32
       words[2 * n + half] = pack<T>(x[n][2 * half], x[n][2 * half + 1]) & seen[n][half];
 }
 
-// factor · the gradient of a token, of which row `half` of `sums` has that of the prepared one; returns this lane's part
-// of ⟨prepared, its gradient⟩.
+// factor · the gradient of a token, of which row `half` of `sums` has that of the prepared one; returns this lane's
+// part of ⟨prepared, its gradient⟩.
 template <int dim, class T, bool cosine>
 DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8][4], int half,
                                const Quarter<dim>& prepared, float inverse_length, float factor, uint32_t angles_at) {
@@ -442,7 +442,8 @@ DEVICE void store_sums(char* token, const float (&sums)[dim / 8][4], int half, f
   }
 }
 
-// dk and dv of a tile, from the sums that `sums` says; `mine`: of which row; times key_factors of the row, value_factor.
+// dk and dv of a tile, from the sums that `sums` says, times key_factors of the row or value_factor; `mine`: of which
+// row.
 template <int dim, class T, bool cosine, Sums sums>
 DEVICE void store_keys(const float (&dk)[dim / 8][4], const float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
                        const BackwardArgs& args, char* dk_image, char* dv_image, const Stream<dim>& stream,

@@ -1,4 +1,6 @@
-// The fast path of neighborhood attention's backward pass: two kernels march down strips; the same bits every time.
+// The fast path of neighborhood attention's backward pass: kernels march down strips; the same bits every time.
+//
+// In two passes, or in one, fused_kernel (strips_backward_fused_cuda.cu), where a block can have 227 KB of shared memory:
 //
 // 1. queries_kernel: dq, −delta of each query, and one Part of each block for the others.
 // 2. keys_kernel: dk and dv, from all queries that see a key.
@@ -171,8 +173,8 @@ bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBack
   if (plan_fused(args, a.forward, most_bytes)) {
     launch_fused(args, a.forward, call, stream);
   } else {
-    const BackwardArgs keys_or_queries = args_of(a);
-    BackwardArgs queries = plan_queries(keys_or_queries, a, most_bytes), keys = plan_keys(keys_or_queries, a, most_bytes);
+    const BackwardArgs both = args_of(a);
+    BackwardArgs queries = plan_queries(both, a, most_bytes), keys = plan_keys(both, a, most_bytes);
     if (queries.warps == 0 || keys.warps == 0) return false;
     queries.parts = keys.parts = args.parts;
     queries.neg_delta = keys.neg_delta = reinterpret_cast<float*>(queries.parts + images(a) * queries.parts_per_head);

@@ -1,19 +1,21 @@
-// dq, dk and dv in one march, where a block can have the shared memory (Hopper): heads of 64, windows of up to 7.
+// dq, dk and dv in one march: the fast path's backward pass where a block can have the shared memory (Hopper), for heads
+// of 64 and windows of up to 7 (strips_backward_cuda.cu: the whole).
 //
 // Half of a block's warps own a tile of 2 × 8 keys each and march down a strip of 32 columns; rows of prepared queries
 // and of dout stream through rings, as for keys_kernel. The ds that they compute go through shared memory, with the
-// prepared keys, to the other half, one step behind: each of these warps adds up dq of 8 columns of queries, of four pairs
-// of rows at a time, in registers; each step completes a pair.
+// prepared keys, to the other half, one step behind: each of these warps adds up dq of 8 columns of queries, of four
+// pairs of rows at a time, in registers; each step completes a pair.
 //
-// Columns. A tile of keys is seen by 16 columns of queries, and 8 columns of queries see two tiles: those of the last in
-// a strip also see the first keys of the next strip. The ds of that tile, of its left half, are computed twice, the
-// second time by the warps of queries. Nothing is added up across blocks.
+// Columns. A tile of keys is seen by 16 columns of queries, and 8 columns of queries see two tiles: those of the last
+// in a strip also see the first keys of the next strip. The ds of that tile, of its left half, are computed twice, the
+// second time by the warps of queries, a pair of rows each. Nothing is added up across blocks.
 //
 // Rows. At a border a key is seen by rows of queries that are not among the four pairs in progress, and where a block's
 // rows begin and end its queries see keys of its neighbours: steps before and after its own ones give only ds (March).
 //
-// ds is scaled by one power of two for all of a block, from the largest dout, delta and values that it has met so far,
-// and sums in progress are scaled down when it falls.
+// ds are scaled by one power of two for all of a block, from the largest dout, delta and values that it has met so far;
+// sums in progress are scaled down when it falls. For bfloat16 the weights have it too, as that costs an addition to
+// their exponents, and dv loses it again in float32.
 #include "strips_backward.cuh"
 
 namespace hdit {
@@ -47,8 +49,8 @@ enum Image { kQ, kDout, kOut, kK, kV, kDq, kDk, kDv, kLse, kDlse, kNumberOfImage
 static_assert(kNumberOfImages * 8 <= 128);
 
 // ---- which rows a step is about --------------------------------------------------------------------------------------
-// A block owns the rows of keys begin … end − 1, in pairs, and queries query_begin … query_end − 1. Each step is about a
-// pair of rows of keys. Its ds are of pairs of rows of queries from `base` on.
+// A block owns the rows of keys begin … end − 1, in pairs, and queries query_begin … query_end − 1. Each step is about
+// a pair of rows of keys. Its ds are of pairs of rows of queries from `base` on.
 struct March {
   int begin, end, height, window;
   int back, shift;             // rows from a key back to its first query; from there to the block's first query
@@ -116,12 +118,13 @@ struct alignas(16) Numbers {
   int a, b, c, d;
 };
 struct Step {
-  int key, base, from, to;     // of `to` and `end` the last row in the image
-  int begin, end, limit, flags;  // rows of queries that it reads; flags, from the lowest bit on:
-  static constexpr int kOwn = 1, kDone = 1, kSeen = 4, kInside = 8;  // own; 3 bits: pairs that are completed, of the
-  int first[2], last[2];       // step before; 4 bits: pairs with ds; 8 bits: rows completed that are the block's
   static constexpr int kBytes = 48;
-  // first, last: the rows of queries that see the two rows of keys
+  // Bits of `flags`: 0: own; from kDone: how many pairs of the step before are completed; from kSeen: which of the four
+  // pairs have ds; from kInside: which of the rows completed are the block's.
+  static constexpr int kOwn = 1, kDone = 1, kSeen = 4, kInside = 8;
+  int key, base, from, to;       // as March has them, of rows in the image
+  int begin, end, limit, flags;  // the rows of queries that it reads
+  int first[2], last[2];         // those that see the two rows of keys
 
   DEVICE Step(uint32_t at) {
     const Numbers x = core::load_shared<Numbers>(at), y = core::load_shared<Numbers>(at + 16);
@@ -143,7 +146,8 @@ DEVICE void store_steps(const March& march, uint32_t steps_at) {
     int done = i == march.steps() ? kPairs : i > 0 && march.base(i) != before, flags = done << Step::kDone;
     for (int row = 0; row < 2 * done; ++row) {
       const int y = before + row;
-      if (y >= most(march.query_begin, 0) && y < least(march.query_end, march.height)) flags |= 1 << (Step::kInside + row);
+      if (y >= most(march.query_begin, 0) && y < least(march.query_end, march.height))
+        flags |= 1 << (Step::kInside + row);
     }
     Numbers x = {}, y = {0, -1, 0, flags}, z = {};
     if (i < march.steps()) {
@@ -186,8 +190,8 @@ enum class Rows { all, some };  // whether both rows of keys are seen
 // lane's key; seen: bits of the two rows of keys; scale: of ds, where offset has not scaled it.
 template <int dim, class T, bool cosine, bool own, Rows rows, int eights>
 DEVICE void add_row(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4], const KeyTile<dim>& tile, uint32_t queries,
-                    uint32_t douts, uint32_t scalars, const Sixteen<dim>& places, const float (&offset)[eights][2], const uint32_t (&seen)[2], float slope, float scale,
-                    uint32_t ds_at) {
+                    uint32_t douts, uint32_t scalars, const Sixteen<dim>& places, const float (&offset)[eights][2],
+                    const uint32_t (&seen)[2], float slope, float scale, uint32_t ds_at) {
   using Unit = Held<T, cosine>;
   const int lane = threadIdx.x % 32;
   const uint32_t at = scalars + lane % 4 * 8;
@@ -195,7 +199,8 @@ DEVICE void add_row(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4], const KeyT
   times_prepared<dim, Unit>(p, tile.k, queries, places);
 #pragma unroll
   for (int n = 0; n < eights; ++n) {
-    const float2 level = core::load_shared<float2>(at + 32 * n), delta = core::load_shared<float2>(at + 32 * n + kScalarRing);
+    const float2 level = core::load_shared<float2>(at + 32 * n);
+    const float2 delta = core::load_shared<float2>(at + 32 * n + kScalarRing);
     const float levels[2] = {level.x + offset[n][0], level.y + offset[n][1]};
     start[n][0] = start[n][2] = delta.x, start[n][1] = start[n][3] = delta.y;
 #pragma unroll
@@ -285,6 +290,10 @@ struct Walk {
     return shared + kKeys + (tile < kTiles ? i % 2 * kTiles + tile : 2 * kTiles + i % 3) * kTileBytes;
   }
   DEVICE uint32_t ds_at(int i, int tile) const { return shared + kDs + (i % 2 * (kTiles + 1) + tile) * kDsTile; }
+  DEVICE void leave_keys(int i, int tile, int half, const Quarter<dim>& keys) const {
+    const uint32_t at = keys_at(i, tile) + (8 * half + lane / 4) * (2 * dim);
+    store_prepared<dim>(at + swizzle<dim>(lane / 4) * 16, lane % 4, keys);
+  }
 
   DEVICE void load() {
     char* const lse = image(kLse);
@@ -299,7 +308,7 @@ struct Walk {
   DEVICE void prepare() {
     char *const out_image = image(kOut), *const dlse_image = args.dlse != nullptr ? image(kDlse) : nullptr;
     core::copy_async_wait<0>();
-    stream.template prepare<T, cosine>(have, coming, have_slot, [&](int at, uint32_t y, int row, int column, float length) {
+    const auto finish = [&](int at, uint32_t y, int row, int column, float length) {
       const int t = threadIdx.x % 4;
       const int image_row = wrapped(row, stream.height, stream.window_rows);
       const int image_column = wrapped(stream.first_column + column, stream.width, stream.window_columns);
@@ -318,14 +327,13 @@ struct Walk {
         dout = fmaxf(dout, if_finite(largest_of<dim, T>(given)));
         delta = fmaxf(delta, if_finite(fabsf(neg_delta)));
       }
-    });
+    };
+    stream.template prepare<T, cosine>(have, coming, have_slot, finish);
     have += coming, have_slot += coming;
     if (have_slot >= kRing) have_slot -= kRing;
   }
 
-  DEVICE void meet_value(const Quarter<dim>& raw) {
-    if constexpr (kNarrow) value = fmaxf(value, if_finite(largest_of<dim, T>(raw)));
-  }
+  DEVICE void meet_value(const Quarter<dim>& raw) { value = fmaxf(value, if_finite(largest_of<dim, T>(raw))); }
   // Tells the others what is the largest that this warp has met.
   DEVICE void share_largest() const {
     if constexpr (kNarrow) {
@@ -337,7 +345,8 @@ struct Walk {
   DEVICE void set_exponent() {
     if constexpr (kNarrow) {
       const uint4 met = core::load_shared<uint4>(shared + kLargest + (turn * kFusedWarps + lane % kFusedWarps) * 16);
-      const float most_dout = core::as_float(core::max_of_warp(met.x)), most_delta = core::as_float(core::max_of_warp(met.y));
+      const float most_dout = core::as_float(core::max_of_warp(met.x));
+      const float most_delta = core::as_float(core::max_of_warp(met.y));
       const float most_value = core::as_float(core::max_of_warp(met.z));
       exponent_before = exponent;
       exponent = fminf(exponent, exponent_of_ds<dim>(most_dout, fmaxf(most_value, 0x1p-66f), most_delta));
@@ -402,9 +411,7 @@ DEVICE void march_with_keys(Walk<dim, T, cosine>& walk, int tile_index) {
     if (i >= 0 && ready && active && i < walk.steps) {
       step.load_seen(walk.step_at(i));
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        store_prepared<dim>(walk.keys_at(i, tile_index) + (8 * half + lane / 4) * (2 * dim) + swizzle<dim>(lane / 4) * 16,
-                            lane % 4, take<dim>(tile.k, half));
+      for (int half = 0; half < 2; ++half) walk.leave_keys(i, tile_index, half, take<dim>(tile.k, half));
       const float scale = core::exp2(walk.exponent), unscale = core::exp2(-walk.exponent);
       float offset[2][2];
 #pragma unroll
@@ -423,11 +430,14 @@ DEVICE void march_with_keys(Walk<dim, T, cosine>& walk, int tile_index) {
         const auto add = [&](auto is_own, auto which) {
           const uint32_t seen[2] = {step.seen(r, 0), step.seen(r, 1)};
           add_row<dim, T, cosine, decltype(is_own)::value, decltype(which)::value, 2>(
-              dk, dv, tile, queries, queries + (kYRing - kXRing), scalars, places, offset, seen, walk.slope, scale, to_row);
+              dk, dv, tile, queries, queries + (kYRing - kXRing), scalars, places, offset, seen, walk.slope, scale,
+              to_row);
         };
-        if (!own) add(std::false_type(), std::integral_constant<Rows, Rows::some>());
-        else if (r >= step.first[1] && r <= step.last[0]) add(std::true_type(), std::integral_constant<Rows, Rows::all>());
-        else add(std::true_type(), std::integral_constant<Rows, Rows::some>());
+        const std::integral_constant<Rows, Rows::all> all;
+        const std::integral_constant<Rows, Rows::some> some;
+        if (!own) add(std::false_type(), some);
+        else if (r >= step.first[1] && r <= step.last[0]) add(std::true_type(), all);
+        else add(std::true_type(), some);
         ds += kDsRow;
         if (++slot == kRing) slot = 0;
       }
@@ -539,9 +549,9 @@ DEVICE void add_tile_beyond(const Walk<dim, T, cosine>& walk, Step& step, int i,
     const uint32_t scalars = walk.shared + kScalars + (slot * kRingColumns + column) * 4;
     const uint32_t seen[2] = {step.seen(r, 0), step.seen(r, 1)};
     float none[dim / 8][4];
-    add_row<dim, T, cosine, false, Rows::some, 1>(none, none, tile, queries, queries + (kYRing - kXRing), scalars, places,
-                                                  offset, seen, walk.slope, scale,
-                                                  walk.ds_at(i, kTiles) + (r - step.base) * kDsRow);
+    add_row<dim, T, cosine, false, Rows::some, 1>(
+        none, none, tile, queries, queries + (kYRing - kXRing), scalars, places, offset, seen, walk.slope, scale,
+        walk.ds_at(i, kTiles) + (r - step.base) * kDsRow);
   }
 }
 
@@ -563,11 +573,9 @@ DEVICE float march_with_queries(Walk<dim, T, cosine>& walk, int index) {
       const Args& f = walk.args.forward;
       const Quarter<dim> raw = load_quarter<dim>(token_at(f.k, walk.image(kK), y, safe_x), t);
       walk.meet_value(load_raw<dim>(token_at(f.v, walk.image(kV), y, safe_x), t, 0));
+      const Angles<dim> angles = load_angles<dim>(stream.angles_at(y, safe_x - stream.first_column, t));
       float inverse_length;
-      store_prepared<dim>(
-          walk.keys_at(i, kTiles) + (8 * half + lane / 4) * (2 * dim) + swizzle<dim>(lane / 4) * 16, t,
-          prepared<dim, T, cosine>(raw, load_angles<dim>(stream.angles_at(y, safe_x - stream.first_column, t)), 1.0f,
-                                   inverse_length));
+      walk.leave_keys(i, kTiles, half, prepared<dim, T, cosine>(raw, angles, 1.0f, inverse_length));
     }
   };
   PairSums<dim> dq = {};

@@ -53,8 +53,9 @@ DEVICE Scales scales_of(const RawKeys<dim>& raw, const Totals& totals) {
 // of 16.
 template <int dim, class T, bool cosine, Sums sums>
 DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
-                               const Scales& scales, uint32_t queries, uint32_t douts, uint32_t scalars, uint32_t delta_ring,
-                               const Sixteen<dim>& places, const uint32_t (&seen)[2][2], float slope) {
+                               const Scales& scales, uint32_t queries, uint32_t douts, uint32_t scalars,
+                               uint32_t delta_ring, const Sixteen<dim>& places, const uint32_t (&seen)[2][2],
+                               float slope) {
   using Unit = Held<T, cosine>;
   const uint32_t at = scalars + threadIdx.x % 4 * 8;
   float p[2][4];
@@ -190,12 +191,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
           const uint32_t above = r <= last_of_first ? ~0u : 0u, below = r >= first_of_last ? ~0u : 0u;
           const uint32_t seen[2][2] = {{in_window[0] & above, in_window[0] & below},
                                        {in_window[1] & above, in_window[1] & below}};
-          add_row_of_queries<dim, T, cosine, sums>(dk, dv, tile, scales, stream.x_ring + at, stream.y_ring + at, scalars,
-                                                   delta_ring, places, seen, slope);
+          add_row_of_queries<dim, T, cosine, sums>(dk, dv, tile, scales, stream.x_ring + at, stream.y_ring + at,
+                                                   scalars, delta_ring, places, seen, slope);
           if (++slot == stream.ring) slot = 0;
         }
         const float factors[2] = {factor * scales.unscale[0], factor * scales.unscale[1]};
-        store_keys<dim, T, cosine, sums>(dk, dv, tile, args, image_of(args.dk, place), image_of(args.dv, place), stream, y, safe_x, mine, factors, 1.0f);
+        store_keys<dim, T, cosine, sums>(dk, dv, tile, args, image_of(args.dk, place), image_of(args.dv, place),
+                                         stream, y, safe_x, mine, factors, 1.0f);
       };
       if constexpr (dim < 128) {
         add_up(std::integral_constant<Sums, Sums::both>());
