@@ -77,6 +77,18 @@ DEVICE float f16_high(uint32_t pair) {
   return y;
 }
 
+// Of pairs: the larger of a and |b|, or the one that is not NaN.
+DEVICE uint32_t max_magnitude_f16(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .b32 m; abs.f16x2 m, %2; max.f16x2 %0, %1, m;}" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+DEVICE uint32_t max_magnitude_bf16(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .b32 m; abs.bf16x2 m, %2; max.bf16x2 %0, %1, m;}" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 // ---- the threads of a warp and of a block ----------------------------------------------------------------------------------
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }

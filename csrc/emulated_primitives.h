@@ -55,6 +55,14 @@ inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_
 inline float f16_low(uint32_t pair) { return static_cast<float>(bits_as<_Float16>(uint16_t(pair))); }
 inline float f16_high(uint32_t pair) { return static_cast<float>(bits_as<_Float16>(uint16_t(pair >> 16))); }
 
+inline uint32_t max_magnitude_f16(uint32_t a, uint32_t b) {
+  return pack_f16(std::fmax(f16_low(a), std::fabs(f16_low(b))), std::fmax(f16_high(a), std::fabs(f16_high(b))));
+}
+inline uint32_t max_magnitude_bf16(uint32_t a, uint32_t b) {
+  const auto larger = [](uint32_t x, uint32_t y) { return std::fmax(as_float(x), std::fabs(as_float(y))); };
+  return pack_bf16(larger(a << 16, b << 16), larger(a & 0xffff0000u, b & 0xffff0000u));
+}
+
 inline void sync_block(HDIT_PLACE) {
   self->place = place;
   self->state = emulation::State::at_barrier;

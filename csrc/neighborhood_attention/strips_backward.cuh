@@ -149,13 +149,17 @@ struct Stream {
     }
   }
 
-  // Starts the copies of rows `row` … (as wrapped); more(row, column in the image, slot · columns + ring column).
-  template <class More>
+  // Which token of the image stands at a ring column, or for one beyond it that nobody sees.
+  DEVICE int nearest_column(int column) const { return most(0, least(first_column + column, width - 1)); }
+
+  // Starts the copies of rows `row` …; more(row, column in the image, slot · columns + ring column). `wraps`: rows and
+  // columns beyond the image are those that a window at its border sees in their place.
+  template <bool wraps, class More>
   DEVICE void load(int row, int count, int slot, More more) const {
     const int t = threadIdx.x % 4;
     tokens(row, count, slot, [&](int at_row, int at_slot, int column) {
-      const int image_row = wrapped(at_row, height, window_rows);
-      const int image_column = wrapped(first_column + column, width, window_columns);
+      const int image_row = wraps ? wrapped(at_row, height, window_rows) : at_row;
+      const int image_column = wraps ? wrapped(first_column + column, width, window_columns) : nearest_column(column);
       const uint32_t to = place_of_token(at_slot, column);
       const char* from_x = token_at(x, x_image, image_row, image_column) + 16 * t;
       const char* from_y = token_at(y, y_image, image_row, image_column) + 16 * t;
@@ -332,13 +336,13 @@ DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8
 // The largest magnitude of a quarter's elements; NaN does not count.
 template <int dim, class T>
 DEVICE float largest_of(const Quarter<dim>& quarter) {
-  float x = 0;
+  uint32_t x = 0;
 #pragma unroll
   for (int c = 0; c < dim / 8; ++c) {
-    x = fmaxf(x, fabsf(low<T>(quarter.word[c])));
-    x = fmaxf(x, fabsf(high<T>(quarter.word[c])));
+    if constexpr (std::is_same_v<T, BFloat16>) x = core::max_magnitude_bf16(x, quarter.word[c]);
+    else x = core::max_magnitude_f16(x, quarter.word[c]);
   }
-  return x;
+  return fmaxf(low<T>(x), high<T>(x));
 }
 
 // What others' gradients are scaled by: an infinity would take all their digits.

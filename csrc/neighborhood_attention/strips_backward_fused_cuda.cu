@@ -298,7 +298,7 @@ struct Walk {
   DEVICE void load() {
     char* const lse = image(kLse);
     stream.x_image = image(kQ), stream.y_image = image(kDout);
-    stream.load(have, coming, have_slot, [&](int row, int column, int at) {
+    stream.template load<false>(have, coming, have_slot, [&](int row, int column, int at) {
       if (threadIdx.x % 4 == 1) core::copy_async_4(shared + kScalars + 4 * at, scalar(lse, row, column));
     });
     core::copy_async_commit();
@@ -310,14 +310,13 @@ struct Walk {
     core::copy_async_wait<0>();
     const auto finish = [&](int at, uint32_t y, int row, int column, float length) {
       const int t = threadIdx.x % 4;
-      const int image_row = wrapped(row, stream.height, stream.window_rows);
-      const int image_column = wrapped(stream.first_column + column, stream.width, stream.window_columns);
-      const Quarter<dim> out = load_raw<dim>(token_at(args.out, out_image, image_row, image_column), t, 0);
+      const int x = stream.nearest_column(column);
+      const Quarter<dim> out = load_raw<dim>(token_at(args.out, out_image, row, x), t, 0);
       const Quarter<dim> given = stream.load_y(y);
       float dot = 0, dlse = 0;
 #pragma unroll
       for (int c = 0; c < dim / 8; ++c) dot = dot_of_words<T>(given.word[c], out.word[c], dot);
-      if (dlse_image != nullptr) dlse = core::load_global<float>(scalar(dlse_image, image_row, image_column));
+      if (dlse_image != nullptr) dlse = core::load_global<float>(scalar(dlse_image, row, x));
       const float neg_delta = dlse - sum_of_token(dot);
       const uint32_t scalars = shared + kScalars + 4 * at;
       if (t == 1) core::store_shared<float>(scalars, core::load_shared<float>(scalars) * -kLog2E);
@@ -423,23 +422,24 @@ DEVICE void march_with_keys(Walk<dim, T, cosine>& walk, int tile_index) {
       uint32_t ds = walk.ds_at(i, tile_index) + (step.begin - step.base) * kDsRow;
       float dk[dim / 8][4] = {}, dv[dim / 8][4] = {};
 #pragma unroll 1
-      for (int r = step.begin; r <= step.end; ++r) {
-        const uint32_t queries = walk.shared + kXRing + slot * (kRingColumns * 2 * dim);
-        const uint32_t scalars = walk.shared + kScalars + (slot * kRingColumns + column) * 4;
-        const uint32_t to_row = r >= step.from && r <= step.to ? ds : 0;
+      for (int r = step.begin; r <= step.end;) {
         const auto add = [&](auto is_own, auto which) {
+          const uint32_t queries = walk.shared + kXRing + slot * (kRingColumns * 2 * dim);
+          const uint32_t scalars = walk.shared + kScalars + (slot * kRingColumns + column) * 4;
           const uint32_t seen[2] = {step.seen(r, 0), step.seen(r, 1)};
           add_row<dim, T, cosine, decltype(is_own)::value, decltype(which)::value, 2>(
               dk, dv, tile, queries, queries + (kYRing - kXRing), scalars, places, offset, seen, walk.slope, scale,
-              to_row);
+              r >= step.from && r <= step.to ? ds : 0);
+          ++r, ds += kDsRow;
+          if (++slot == kRing) slot = 0;
         };
-        const std::integral_constant<Rows, Rows::all> all;
-        const std::integral_constant<Rows, Rows::some> some;
-        if (!own) add(std::false_type(), some);
-        else if (r >= step.first[1] && r <= step.last[0]) add(std::true_type(), all);
-        else add(std::true_type(), some);
-        ds += kDsRow;
-        if (++slot == kRing) slot = 0;
+        using Some = std::integral_constant<Rows, Rows::some>;
+        if (!own) add(std::false_type(), Some());
+        else if (r < step.first[1] || r > step.last[0]) add(std::true_type(), Some());
+        else
+#pragma unroll 1
+          do add(std::true_type(), std::integral_constant<Rows, Rows::all>());
+          while (r <= step.last[0]);
       }
       if (own) {
         const int y[2] = {step.key, least(step.key + 1, last_row)};

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
     core::sync_block();
     if (have <= high) {  // at the start and at borders
       const int rows = high + 1 - have;
-      stream.load(have, rows, have_slot, load_scalars);
+      stream.template load<false>(have, rows, have_slot, load_scalars);
       core::copy_async_commit();
       core::copy_async_wait<0>();
       stream.template prepare<T, cosine>(have, rows, have_slot, scale_level);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
       const int next = last_query(least(row + kStep + 1, f.height - 1), f.height, f.window_rows);
       coming = most(0, least(next, low + stream.ring - 1) + 1 - have);
     }
-    stream.load(have, coming, have_slot, load_scalars);
+    stream.template load<false>(have, coming, have_slot, load_scalars);
     core::copy_async_commit();
     if (active) {
       const RawKeys<dim> raw = load_keys<dim>(args, image_of(f.k, place), image_of(f.v, place), y, safe_x);

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
         largest_value = fmaxf(largest_value, core::load_shared<float>(largest_at + (step % 2 * kMostWarps + w) * 4));
   };
   if (whole) {
-    stream.load(stream.first_row, live, 0, nothing_more);
+    stream.template load<true>(stream.first_row, live, 0, nothing_more);
     core::copy_async_commit();
     core::copy_async_wait<0>();
     stream.template prepare<T, cosine>(stream.first_row, live, 0, find_largest);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
     const bool more = whole && done + kStep < rows;
     core::sync_block();
     if (whole) take_largest(done / kStep);
-    if (more) stream.load(coming, kStep, coming_slot, nothing_more);
+    if (more) stream.template load<true>(coming, kStep, coming_slot, nothing_more);
     core::copy_async_commit();
     if (active) {
       QueryTile<dim> tile;
