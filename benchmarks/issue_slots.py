@@ -26,6 +26,7 @@ KINDS = {
     "LDS": "shared_read", "LDSM": "shared_read", "STS": "shared_write", "LDG": "global_read", "LDGSTS": "copy",
     "STG": "global_write", "MUFU": "special", "SHFL": "shuffle", "HMMA": "product",
 }  # fmt: skip
+NEAR = 2  # lines that two compilers may mean by one statement
 SHORTER = 1e-4  # of two ways that explain as much: what an instruction costs, in what one that is not explained does
 
 
@@ -82,12 +83,26 @@ def control_flow(function: Function) -> tuple[list[int], list[list[int]]]:
     return begins, [sorted({int(block[j]) for j in after[end - 1]}) for end in [*begins[1:], len(after)]]
 
 
-def observed(launch: dict) -> dict[tuple[str, str], int]:
-    """(kind, file:line) → how many instructions of warps the emulation saw there."""
+def observed(launch: dict) -> tuple[list[int], dict[tuple[str, str], int]]:
+    """How many instructions of warps the emulation saw, by groups of neighbouring lines; the group of (kind, line)."""
     copies = {p for p, k, _ in launch["lines"] if k == "global_read"} & {
         p for p, k, _ in launch["lines"] if k == "shared_write"
     }
-    return {("copy" if p in copies else k, p): line["requests"] for p, k, line in launch["lines"] if line["requests"]}
+    counts: list[int] = []
+    groups: dict[tuple[str, str], int] = {}
+    lines = [
+        ("copy" if p in copies else k, *p.split(":"), line["requests"])
+        for p, k, line in launch["lines"]
+        if p not in copies or k == "global_read"  # a copy is both
+    ]
+    for kind, file, line, requests in sorted(lines, key=lambda seen: (seen[0], seen[1], int(seen[2]))):
+        around = [(kind, f"{file}:{int(line) + near}") for near in range(-NEAR, NEAR + 1)]
+        group = next((groups[place] for place in around if place in groups), len(counts))
+        if group == len(counts):
+            counts.append(0)
+        counts[group] += requests
+        groups |= {place: groups.get(place, group) for place in around}
+    return counts, groups
 
 
 def fitted(function: Function, launch: dict) -> tuple[float, float]:
@@ -99,15 +114,15 @@ def fitted(function: Function, launch: dict) -> tuple[float, float]:
         reached |= set(new)
         open_ends += new
     ways = [(i, j) for i in sorted(reached) for j in after[i] or [None]]
-    seen = observed(launch)
+    seen, groups = observed(launch)
     lengths = np.diff([*begins, len(function.instructions)])
-    standing: dict[tuple[str, str], dict[int, int]] = {key: defaultdict(int) for key in seen}
+    standing: list[dict[int, int]] = [defaultdict(int) for _ in seen]
     for i in reached:
         for text, _, places in function.instructions[begins[i] : begins[i] + lengths[i]]:
             kind = KINDS.get(re.match(r"\w+", text)[0])
-            place = next((place for place in places if (kind, place) in seen), None)
-            if place is not None:
-                standing[kind, place][i] += 1
+            group = next((groups[kind, place] for place in places if (kind, place) in groups), None)
+            if group is not None:
+                standing[group][i] += 1
     leaving = defaultdict(list)
     for way, (i, _) in enumerate(ways):
         leaving[i].append(way)
@@ -117,11 +132,11 @@ def fitted(function: Function, launch: dict) -> tuple[float, float]:
         entries += [(row, way, 1) for way in leaving[i]]
         entries += [(row, way, -1) for way, (_, j) in enumerate(ways) if j == i]
         right.append(launch["counts"]["blocks"] * launch["threads"] / 32 if i == 0 else 0)
-    for number, (key, blocks) in enumerate(standing.items()):
+    for number, blocks in enumerate(standing):
         row = len(right)
         entries += [(row, way, times) for i, times in blocks.items() for way in leaving[i]]
         entries += [(row, len(ways) + 2 * number, 1), (row, len(ways) + 2 * number + 1, -1)]
-        right.append(seen[key])
+        right.append(seen[number])
     rows, columns, values = zip(*entries, strict=True)
     unknown = len(ways) + 2 * len(standing)
     cost = np.ones(unknown)
@@ -131,4 +146,4 @@ def fitted(function: Function, launch: dict) -> tuple[float, float]:
     if not found.success:
         raise SystemExit(f"counters: no way through {launch['call']} was found: {found.message}")
     taken, off = found.x[: len(ways)], found.x[len(ways) :]
-    return float(taken @ [lengths[i] for i, _ in ways]), float(off.sum() / max(1, sum(seen.values())))
+    return float(taken @ [lengths[i] for i, _ in ways]), float(off.sum() / max(1, sum(seen)))
