@@ -92,7 +92,8 @@ using Counted = std::map<std::string, int64_t>;
 
 // What the launches since the last call did; see emulation.h. Lines as (place, kind, counts).
 py::list take_launches() {
-  static const char* const kKindNames[] = {"shared_read", "shared_write", "global_read", "global_write"};
+  static const char* const kKindNames[] = {"shared_read", "shared_write", "global_read", "global_write",
+                                           "special", "shuffle", "product"};
   py::list result;
   for (const emulation::Launch& launch : emulation::launches) {
     const emulation::Counts& c = launch.counts;
@@ -125,16 +126,18 @@ PYBIND11_MODULE(_emulated, m) {
   m.doc() = "The CUDA kernels executed on a CPU, checked and counted: for tests. `device` and `stream` mean nothing.";
   bind_cuda(m);
   m.def("allow", &emulation::allow, "tensors"_a, "What launches may touch from now on, as (address, bytes).");
-  m.def("set", [](const std::string& order, uint64_t seed, bool count, bool races, int multiprocessors) {
+  m.def("set", [](const std::string& order, uint64_t seed, bool count, bool races, int multiprocessors,
+                  size_t shared_bytes) {
     const std::map<std::string, emulation::Order> orders = {{"forward", emulation::Order::forward},
                                                             {"reverse", emulation::Order::reverse},
                                                             {"shuffled", emulation::Order::shuffled}};
     if (orders.count(order) == 0)
       throw py::value_error("set: order is '" + order + "', but must be 'forward', 'reverse' or 'shuffled'");
-    emulation::settings = {orders.at(order), seed, count, races, multiprocessors};
+    emulation::settings = {orders.at(order), seed, count, races, multiprocessors, shared_bytes};
   }, "order"_a = "forward", "seed"_a = 1, "count"_a = false, "races"_a = true, "multiprocessors"_a = 2,
+     "shared_bytes"_a = emulation::Settings().shared_bytes,
      "In which order threads run, what shuffles them, whether accesses are counted, whether races are looked for, how many "
-     "multiprocessors launchers see.");
+     "multiprocessors launchers see, how many bytes of shared memory a block can have.");
   m.def("take_launches", &take_launches, "What the launches since the last call did, if they were counted.");
 }
 #endif

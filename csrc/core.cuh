@@ -77,11 +77,24 @@ DEVICE float f16_high(uint32_t pair) {
   return y;
 }
 
+// Of pairs: the larger of a and |b|, or the one that is not NaN.
+DEVICE uint32_t max_magnitude_f16(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .b32 m; abs.f16x2 m, %2; max.f16x2 %0, %1, m;}" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+DEVICE uint32_t max_magnitude_bf16(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .b32 m; abs.bf16x2 m, %2; max.bf16x2 %0, %1, m;}" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 // ---- the threads of a warp and of a block ----------------------------------------------------------------------------------
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // x is the same in all lanes: tells the compiler
 DEVICE bool any(bool x) { return __any_sync(~0u, x); }  // of the warp
+DEVICE uint32_t max_of_warp(uint32_t x) { return __reduce_max_sync(~0u, x); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
@@ -152,6 +165,7 @@ DEVICE T load_own(const T* p) {
 }
 template <class T>
 DEVICE void store_global(void* p, T x) {
+  __builtin_assume(__isGlobal(p));  // of a pointer from shared memory the compiler does not know
   *static_cast<T*>(p) = x;
 }
 
@@ -335,7 +349,7 @@ void launch(const std::string& call, void (*kernel)(P...), dim3 grid, dim3 block
 
 inline void set_to_zero(void* p, size_t bytes, void*, const std::string&) { std::memset(p, 0, bytes); }
 inline int multiprocessors() { return emulation::settings.multiprocessors; }
-inline size_t most_shared_bytes() { return emulation::kMostShared; }
+inline size_t most_shared_bytes() { return emulation::settings.shared_bytes; }
 
 }  // namespace core
 

@@ -10,7 +10,12 @@ using emulation::Place;
 using emulation::self;
 #define HDIT_PLACE Place place = Place::here()
 
-enum Operation : int { op_sync_warp = 1, op_uniform, op_any, op_shuffle, op_mma_bf16, op_mma_f16, op_mma_tf32, op_ldmatrix, op_ldmatrix_trans };
+enum Operation : int { op_sync_warp = 1, op_uniform, op_any, op_max, op_shuffle, op_mma_bf16, op_mma_f16, op_mma_tf32, op_ldmatrix, op_ldmatrix_trans };
+
+// An instruction that a warp executes together.
+inline void count_of_warp(emulation::Kind kind, Place place) {
+  if (emulation::settings.count) self->block->counts.lines[{place.text(), kind}].requests++;
+}
 
 template <class To, class From>
 inline To bits_as(From x) {
@@ -26,18 +31,19 @@ inline uint32_t opaque(uint32_t x) { return x; }
 
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 // Results are off by as much as the PTX manual allows, up or down by a hash of the argument: relative · |y|, or absolute.
-inline float special(float x, double y, double relative, double absolute) {
+inline float special(float x, double y, double relative, double absolute, Place place) {
   self->block->counts.special++;
+  emulation::count(emulation::special_function, 0, 4, place);
   const bool up = (as_bits(x) * 2654435761u) >> 31;
   const double error = std::max(std::fabs(y) * relative, absolute);
   return flushed(float(std::isfinite(y) && error < 1 ? y + (up ? error : -error) : y));
 }
-inline float exp2(float x) { return special(x, std::exp2(double(flushed(x))), 1.69e-7, 0); }
-inline float log2(float x) { return special(x, std::log2(double(flushed(x))), 1.57e-7, x > 0.5f && x < 2.0f ? 1.57e-7 : 0); }
-inline float rsqrt(float x) { return special(x, 1 / std::sqrt(double(flushed(x))), 1.28e-7, 0); }
-inline float reciprocal(float x) { return special(x, 1 / double(flushed(x)), 0x1p-23, 0); }
-inline float sin_fast(float x) { return special(x, std::sin(double(flushed(x))), 0, 5.11e-7); }
-inline float cos_fast(float x) { return special(x, std::cos(double(flushed(x))), 0, 5.11e-7); }
+inline float exp2(float x, HDIT_PLACE) { return special(x, std::exp2(double(flushed(x))), 1.69e-7, 0, place); }
+inline float log2(float x, HDIT_PLACE) { return special(x, std::log2(double(flushed(x))), 1.57e-7, x > 0.5f && x < 2.0f ? 1.57e-7 : 0, place); }
+inline float rsqrt(float x, HDIT_PLACE) { return special(x, 1 / std::sqrt(double(flushed(x))), 1.28e-7, 0, place); }
+inline float reciprocal(float x, HDIT_PLACE) { return special(x, 1 / double(flushed(x)), 0x1p-23, 0, place); }
+inline float sin_fast(float x, HDIT_PLACE) { return special(x, std::sin(double(flushed(x))), 0, 5.11e-7, place); }
+inline float cos_fast(float x, HDIT_PLACE) { return special(x, std::cos(double(flushed(x))), 0, 5.11e-7, place); }
 
 inline uint32_t f16_bits(float x) { return bits_as<uint16_t>(static_cast<_Float16>(x)); }
 inline uint32_t bf16_bits(float x) {
@@ -48,6 +54,14 @@ inline uint32_t pack_f16(float low, float high) { return f16_bits(low) | f16_bit
 inline uint32_t pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 inline float f16_low(uint32_t pair) { return static_cast<float>(bits_as<_Float16>(uint16_t(pair))); }
 inline float f16_high(uint32_t pair) { return static_cast<float>(bits_as<_Float16>(uint16_t(pair >> 16))); }
+
+inline uint32_t max_magnitude_f16(uint32_t a, uint32_t b) {
+  return pack_f16(std::fmax(f16_low(a), std::fabs(f16_low(b))), std::fmax(f16_high(a), std::fabs(f16_high(b))));
+}
+inline uint32_t max_magnitude_bf16(uint32_t a, uint32_t b) {
+  const auto larger = [](uint32_t x, uint32_t y) { return std::fmax(as_float(x), std::fabs(as_float(y))); };
+  return pack_bf16(larger(a << 16, b << 16), larger(a & 0xffff0000u, b & 0xffff0000u));
+}
 
 inline void sync_block(HDIT_PLACE) {
   self->place = place;
@@ -78,6 +92,17 @@ inline bool any(bool x, HDIT_PLACE) {
   });
   return arguments.out;
 }
+inline uint32_t max_of_warp(uint32_t x, HDIT_PLACE) {
+  struct Arguments {
+    uint32_t in, out;
+  } arguments{x, 0};
+  emulation::meet(op_max, place, &arguments, [](void** all) {
+    uint32_t most = 0;
+    for (int lane = 0; lane < 32; ++lane) most = std::max(most, static_cast<Arguments*>(all[lane])->in);
+    for (int lane = 0; lane < 32; ++lane) static_cast<Arguments*>(all[lane])->out = most;
+  });
+  return arguments.out;
+}
 template <class T>
 inline T shuffle_xor(T x, int mask, HDIT_PLACE) {
   static_assert(sizeof(T) == 4);
@@ -85,8 +110,9 @@ inline T shuffle_xor(T x, int mask, HDIT_PLACE) {
     T in, out;
     int mask;
   } arguments{x, x, mask};
-  emulation::meet(op_shuffle, place, &arguments, [](void** all) {
+  emulation::meet(op_shuffle, place, &arguments, [place](void** all) {
     self->block->counts.shuffles++;
+    count_of_warp(emulation::shuffle, place);
     for (int lane = 0; lane < 32; ++lane) {
       auto* me = static_cast<Arguments*>(all[lane]);
       me->out = static_cast<Arguments*>(all[(lane ^ me->mask) & 31])->in;
@@ -101,7 +127,7 @@ struct MmaArguments {
   uint32_t a[4], b[2];
 };
 template <int kDepth, class Read>
-inline void multiply(void** all, Read read) {
+inline void multiply(void** all, Read read, Place place) {
   constexpr int kPer = kDepth / 8;  // elements in a register
   float a[16][kDepth], b[kDepth][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -122,6 +148,7 @@ inline void multiply(void** all, Read read) {
     for (int i = 0; i < 4; ++i) x.d[i] = d[(lane >> 2) + 8 * (i >> 1)][2 * (lane & 3) + (i & 1)];
   }
   self->block->counts.mma++;
+  count_of_warp(emulation::product, place);
   self->block->counts.mma_fma += 2048;  // tf32 has half the rate: its 1024 products cost as much
 }
 inline float read_bf16(uint32_t bits, int i) { return as_float(i ? bits & 0xffff0000u : bits << 16); }
@@ -132,7 +159,7 @@ inline float read_tf32(uint32_t bits, int) { return as_float(bits & 0xffffe000u)
   inline void name(float(&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,          \
                    HDIT_PLACE) {                                                                                        \
     MmaArguments arguments{d, {a0, a1, a2, a3}, {b0, b1}};                                                              \
-    emulation::meet(op_##name, place, &arguments, [](void** all) { multiply<kDepth>(all, read); });                     \
+    emulation::meet(op_##name, place, &arguments, [place](void** all) { multiply<kDepth>(all, read, place); }); \
   }                                                                                                                     \
   inline void name(float(&d)[4], const float(&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,   \
                    uint32_t b1, HDIT_PLACE) {                                                                           \

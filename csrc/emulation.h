@@ -77,6 +77,7 @@ struct Settings {
   bool count = false;
   bool races = true;
   int multiprocessors = 2;  // of the device, as launchers are told: few, so that small tests have long marches too
+  size_t shared_bytes = 232448;  // that a block can have: of sm_90; 166912 on sm_80
 };
 inline Settings settings;
 
@@ -92,7 +93,7 @@ struct Place {
   }
 };
 
-enum Kind : int { shared_read, shared_write, global_read, global_write, kKinds };
+enum Kind : int { shared_read, shared_write, global_read, global_write, special_function, shuffle, product };
 
 struct LineCounts {
   uint64_t requests = 0, lanes = 0, bytes = 0;
@@ -418,6 +419,7 @@ inline void close_request(Block& block, const Site& site, const Request& request
   LineCounts& counts = block.counts.lines[{site.place.text(), site.kind}];
   const int lanes = __builtin_popcount(request.mask);
   counts.requests += 1, counts.lanes += lanes, counts.bytes += uint64_t(lanes) * request.bytes;
+  if (site.kind > global_write) return;
   if (site.kind <= shared_write) {
     counts.units += wavefronts(request, false), counts.ideal += wavefronts(request, true);
     return;
@@ -656,13 +658,11 @@ struct Arena {
   Arena(const Arena&) = delete;
 };
 
-constexpr size_t kMostShared = 232448;  // of a block on sm_90; 166912 on sm_80
-
 inline void launch(const std::string& call, const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
   const int threads = int(size.x * size.y * size.z);
   if (threads < 1 || threads > 1024 || threads % 32)
     throw std::runtime_error(call + " failed: a block of " + std::to_string(threads) + " threads");
-  if (shared_bytes > kMostShared)
+  if (shared_bytes > settings.shared_bytes)
     throw std::runtime_error(call + " failed: " + std::to_string(shared_bytes) + " bytes of shared memory");
   const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
   if (blocks < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)

@@ -1,6 +1,7 @@
 """The fast path of attention's backward pass in CUDA (csrc/neighborhood_attention/strips_backward*): its gradients
-against dense attention in float64, on grids of every remainder. Without a GPU the kernels run in their emulation, which
-looks for races, in three orders of threads."""
+against dense attention in float64, on grids of every remainder; heads of 64 in one pass, or in two where a block has
+little shared memory. Without a GPU the kernels run in their emulation, which looks for races, in three orders of
+threads."""
 
 import itertools
 import math
@@ -19,6 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16]
 ORDERS = ["forward", "reverse", "shuffled"]
 TURN = itertools.cycle(ORDERS)
+SM_80, SM_90 = 166912, 232448  # bytes of shared memory that a block can have
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,7 @@ class Problem:
     scale: float | None = None
     seed: int = 0
     with_dlse: bool = True
+    shared_bytes: int = SM_90
 
     def __post_init__(self):
         self.scale = self.scale or (1.0 if self.cosine else self.dim**-0.5)
@@ -69,7 +72,10 @@ class Problem:
         """By the kernels, of those of q, k, v and cosine_scale that are wanted."""
         if extension.emulated is not None:
             # on a device of many multiprocessors segments are short, on others long
-            extension.emulated.set(order, self.seed + 1, count, multiprocessors=132 if self.seed % 3 == 2 else 2)
+            processors = 132 if self.seed % 3 == 2 else 2
+            extension.emulated.set(
+                order, self.seed + 1, count, multiprocessors=processors, shared_bytes=self.shared_bytes
+            )
         q, k, v = (
             t.detach().requires_grad_(name in wanted) for name, t in zip("qkv", (self.q, self.k, self.v), strict=True)
         )
@@ -143,6 +149,28 @@ def test_every_remainder_of_width_and_height(kernel, poisoned):
         Problem((1, height, width), kernel, DTYPES[i % 2], cosine=i % 4 < 2, rope=i % 3 < 2, seed=i).check()
 
 
+@pytest.mark.parametrize("kernel", [(7, 7), (6, 7), (5, 3), (4, 6), (3, 4), (2, 2), (7, 2)], ids=str)
+def test_one_pass_at_every_border(kernel, poisoned):
+    """Strips of 32 columns that end in every remainder of 8, rows of one window and of several steps, odd and even."""
+    for i in range(8):
+        more = 5 * i + sum(kernel)
+        height, width = kernel[0] + (i * i + kernel[1]) % 17, kernel[1] + more % 40
+        Problem((1, height, width), kernel, DTYPES[i % 2], dim=64, cosine=i % 4 < 3, rope=i % 3 < 2, seed=i).check()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 6, 7])
+def test_one_pass_in_segments(rows, poisoned):
+    """A device of many multiprocessors: segments of 12 rows and, the last, more; at both their ends windows go on."""
+    problem = Problem((1, 43 + rows % 3, 9), (rows, 7), DTYPES[rows % 2], dim=64, seed=2)
+    problem.check("shuffled")
+
+
+@pytest.mark.parametrize("height", [12, 13, 14, 15, 17])
+def test_one_pass_where_borders_meet(height, poisoned):
+    """Rows that are seen from both the upper and the lower border: the ring holds the most rows, a step may wait."""
+    Problem((1, height, 8), (7, 7), DTYPES[height % 2], dim=64).check()
+
+
 def test_random_geometries(poisoned):
     draw = random.Random(5)
     for seed in range(10):
@@ -150,6 +178,7 @@ def test_random_geometries(poisoned):
         grid = draw.choice((1, 1, 2)), kernel[0] + draw.randint(0, 16), kernel[1] + draw.randint(0, 50)
         options = dict(heads=draw.choice((1, 2)), dim=draw.choice((32, 64, 128)), cosine=draw.random() < 0.6)
         options |= dict(rope=draw.random() < 0.5, layout=draw.choice(("plain", "packed", "heads first", "expanded")))
+        options |= dict(shared_bytes=draw.choice((SM_80, SM_90)))
         Problem(grid, kernel, draw.choice(DTYPES), **options, with_dlse=draw.random() < 0.5, seed=seed).check()
 
 
@@ -164,22 +193,24 @@ def test_a_tall_image_in_segments(poisoned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("level", [0.0, -10.0, 30.0, -45.0])
 def test_cosine_scales_of_any_sign(dtype, level, poisoned):
-    problem = Problem((1, 9, 14), (7, 7), dtype, heads=2, dim=64)
-    problem.cosine_scale = torch.tensor([level, -level / 3], device=DEVICE)
-    problem.check()
+    for shared_bytes in SM_80, SM_90:
+        problem = Problem((1, 9, 14), (7, 7), dtype, heads=2, dim=64, shared_bytes=shared_bytes)
+        problem.cosine_scale = torch.tensor([level, -level / 3], device=DEVICE)
+        problem.check()
 
 
 def test_steep_plain_products(poisoned):
     """Logits of ±80, whose weights are 0 or 1 but for a few."""
-    for dtype in DTYPES:
-        Problem((1, 8, 12), (5, 5), dtype, cosine=False, rope=False, scale=3.0).check()
+    for dtype, dim in itertools.product(DTYPES, (32, 64)):
+        Problem((1, 8, 12), (5, 5), dtype, dim=dim, cosine=False, rope=False, scale=96 / dim).check()
 
 
 @pytest.mark.parametrize("dout", [-70, -20, 0, 20, 70])
 @pytest.mark.parametrize("value", [-20, 0, 20])
-def test_magnitudes_of_bfloat16(dout, value, poisoned):
+@pytest.mark.parametrize("dim", [32, 64])
+def test_magnitudes_of_bfloat16(dim, dout, value, poisoned):
     """Gradients beyond the range of float16, in which they are multiplied with unit queries and keys."""
-    problem = Problem((1, 7, 10), (5, 5), torch.bfloat16)
+    problem = Problem((1, 7, 10), (5, 5), torch.bfloat16, dim=dim)
     problem.dout, problem.dlse = problem.dout * 2.0**dout, problem.dlse * 2.0 ** (dout + value)
     problem.v = problem.v * 2.0**value
     problem.check()
@@ -187,15 +218,16 @@ def test_magnitudes_of_bfloat16(dout, value, poisoned):
 
 @pytest.mark.parametrize("dout", [-12, 11])
 def test_magnitudes_of_float16(dout, poisoned):
-    for cosine in (False, True):
-        problem = Problem((1, 7, 10), (5, 5), torch.float16, cosine=cosine, scale=0.125)
+    for cosine, dim in itertools.product((False, True), (32, 64)):
+        problem = Problem((1, 7, 10), (5, 5), torch.float16, dim=dim, cosine=cosine, scale=0.125)
         problem.dout, problem.dlse = problem.dout * 2.0**dout, problem.dlse * 2.0**dout
         problem.check()
 
 
-def test_one_loud_query_leaves_the_digits_of_others(poisoned):
+@pytest.mark.parametrize("dim", [32, 64])
+def test_one_loud_query_leaves_the_digits_of_others(dim, poisoned):
     """dout of one query 2^12 times the others': dk far from it is as exact as without."""
-    problem = Problem((1, 7, 40), (3, 3), torch.bfloat16)
+    problem = Problem((1, 7, 40), (3, 3), torch.bfloat16, dim=dim)
     problem.dout[0, 3, 4] *= 2.0**12
     got, (exact, _) = problem.gradients(), problem.exact()
     for name in "qkv":
@@ -203,16 +235,26 @@ def test_one_loud_query_leaves_the_digits_of_others(poisoned):
         assert cases.error(far, right, right.to(far.dtype), torch.bfloat16) <= 1, name
 
 
+@pytest.mark.parametrize("up", [2, -2])
+def test_magnitudes_that_change_from_row_to_row(up, poisoned):
+    """Values 4 times the row's before: sums in progress take on the scale of the largest that was met so far."""
+    problem = Problem((1, 20, 9), (7, 7), torch.bfloat16, dim=64)
+    rows = 2.0 ** (up * torch.arange(20, device=DEVICE)).view(1, 20, 1, 1)
+    problem.v, problem.dlse = problem.v * rows[..., None].bfloat16(), problem.dlse * rows
+    problem.check("shuffled")
+
+
 # ---- the same numbers -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_in_every_order_and_layout(dtype, poisoned):
-    first, plain = None, Problem((2, 8, 37), (6, 6), dtype)
+@pytest.mark.parametrize("dim", [32, 64])
+def test_same_bits_in_every_order_and_layout(dim, dtype, poisoned):
+    first, plain = None, Problem((2, 8, 37), (6, 6), dtype, dim=dim)
     for layout, order in itertools.product(("plain", "packed", "heads first"), ORDERS):
         if layout != "plain" and order != "shuffled":
             continue
-        problem = Problem((2, 8, 37), (6, 6), dtype, layout=layout)
+        problem = Problem((2, 8, 37), (6, 6), dtype, dim=dim, layout=layout)
         for name in ("q", "k", "v", "dout"):
             getattr(problem, name).copy_(getattr(plain, name))
         problem.dlse, problem.cosine_scale, problem.angles = plain.dlse, plain.cosine_scale, plain.angles
@@ -221,11 +263,12 @@ def test_same_bits_in_every_order_and_layout(dtype, poisoned):
         assert all(torch.equal(got[n], first[n]) for n in "qkvs"), (layout, order)
 
 
+@pytest.mark.parametrize("dim", [32, 64])
 @pytest.mark.parametrize("cosine", [True, False])
-def test_gradients_that_are_not_wanted(cosine, poisoned):
+def test_gradients_that_are_not_wanted(cosine, dim, poisoned):
     """Those that are have the bits that all together have, with and without a gradient of lse."""
     for with_dlse in (True, False):
-        problem = Problem((1, 8, 12), (5, 4), torch.bfloat16, cosine=cosine, with_dlse=with_dlse)
+        problem = Problem((1, 8, 12), (5, 4), torch.bfloat16, dim=dim, cosine=cosine, with_dlse=with_dlse)
         names = "qkvs" if cosine else "qkv"
         together = problem.gradients(wanted=names)
         for wanted in itertools.chain(names, ("qs", "kv", "qv", "vs"[: 1 + cosine])):
@@ -238,9 +281,10 @@ def test_gradients_that_are_not_wanted(cosine, poisoned):
             assert all(torch.equal(g, zeros[n]) for n, g in problem.gradients().items())
 
 
+@pytest.mark.parametrize("dim", [32, 64])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nan_or_an_infinity_does_not_reach_distant_tokens(bad, poisoned):
-    problem = Problem((1, 14, 60), (5, 5), torch.bfloat16)
+def test_a_nan_or_an_infinity_does_not_reach_distant_tokens(bad, dim, poisoned):
+    problem = Problem((1, 14, 60), (5, 5), torch.bfloat16, dim=dim)
     clean = problem.gradients()
     for name in ("q", "k", "v", "dout"):
         token = getattr(problem, name)[0, 2, 9, 0]
@@ -263,8 +307,13 @@ def test_which_calls_are_taken():
         Problem(grid, kernel, torch.bfloat16, dim=dim, **options).gradients(count=True)
         return [launch["call"].rsplit(", ", 1)[-1] for launch in extension.emulated.take_launches()]
 
-    for options in (dict(), dict(dim=32), dict(dim=128), dict(cosine=False), dict(rope=False), dict(kernel=(2, 9))):
-        sums = [] if options.get("cosine") is False else ["sum"]
-        assert kernels(**options)[1:] == ["queries", "keys", *sums], options
+    two = ["queries", "keys"]
+    for expected, *several in (
+        (["fused"], dict(), dict(cosine=False), dict(rope=False), dict(kernel=(2, 7)), dict(layout="packed")),
+        (two, dict(dim=32), dict(dim=128), dict(kernel=(2, 9)), dict(kernel=(8, 7)), dict(shared_bytes=SM_80)),
+    ):
+        for options in several:
+            sums = [] if options.get("cosine") is False else ["sum"]
+            assert kernels(**options)[1:] == [*expected, *sums], options
     for options in (dict(dim=16), dict(kernel=(1, 3)), dict(kernel=(11, 7)), dict(kernel=(9, 9), grid=(1, 9, 17))):
-        assert "queries" not in kernels(**options), options
+        assert not {"queries", "fused"} & set(kernels(**options)), options

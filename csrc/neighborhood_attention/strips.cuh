@@ -89,7 +89,8 @@ inline bool takes(const Window& w) {
 
 inline bool takes(const NeighborhoodAttention& a) {
   return (a.dtype == DType::bfloat16 || a.dtype == DType::float16) && a.dim == a.v_dim && a.extra == 0 &&
-         a.key_mask == nullptr && a.columns.length * a.heads < (int64_t(1) << 31) && takes(a.rows) && takes(a.columns) && takes(a.q, a) && takes(a.k, a) && takes(a.v, a) &&
+         a.key_mask == nullptr && a.columns.length * a.heads * a.dim < (int64_t(1) << 30) && takes(a.rows) &&
+         takes(a.columns) && takes(a.q, a) && takes(a.k, a) && takes(a.v, a) &&
          (a.height_angles == nullptr || a.angles == 0 || a.angles * 8 == a.dim);
 }
 

@@ -57,24 +57,40 @@ BOTH KeyStrip key_strip(int strip, int strips, int columns, int first_strip, int
   return {begin(strip), strip == strips - 1 ? width : begin(strip + 1)};
 }
 
-// Enqueue the two kernels; `call` names the op and its shape.
+// Whether the queries that see keys begin … end − 1 of a tile lie within the 16 columns that the tile is multiplied
+// with.
+inline bool tile_fits(int begin, int end, int width, int window) {
+  const int first = begin - keys_reach_back(window), low = begin > 0 ? begin : 0;
+  const int high = (end < begin + kTileColumns ? end : begin + kTileColumns) - 1;
+  if (low > high) return true;
+  return first_query(low, window) >= first && last_query(high, width, window) < first + 16;
+}
+
+// Enqueue the kernels; `call` names the op and its shape.
 void launch_queries(const BackwardArgs& args, const NeighborhoodAttention& a, const std::string& call, void* stream);
 void launch_keys(const BackwardArgs& args, const NeighborhoodAttention& a, const std::string& call, void* stream);
+void launch_fused(const BackwardArgs& args, const NeighborhoodAttention& a, const std::string& call, void* stream);
+// How to launch the fused kernel; false where it does not apply, or not with so many bytes of shared memory.
+bool plan_fused(BackwardArgs& args, const NeighborhoodAttention& a, int64_t most_bytes);
 
-// launch(dim, element, cosine), as types that a kernel is a template of.
+// launch(element, cosine) or launch(dim, element, cosine), as types that a kernel is a template of.
 template <class Launch>
-void with_kernel_types(const NeighborhoodAttention& a, Launch launch) {
-  const auto with_dim = [&](auto element, auto cosine) {
-    if (a.dim == 128) launch(std::integral_constant<int, 128>(), element, cosine);
-    else if (a.dim == 64) launch(std::integral_constant<int, 64>(), element, cosine);
-    else launch(std::integral_constant<int, 32>(), element, cosine);
-  };
+void with_element_types(const NeighborhoodAttention& a, Launch launch) {
   const auto with_element = [&](auto cosine) {
-    if (a.dtype == DType::bfloat16) with_dim(BFloat16(), cosine);
-    else with_dim(Float16(), cosine);
+    if (a.dtype == DType::bfloat16) launch(BFloat16(), cosine);
+    else launch(Float16(), cosine);
   };
   if (a.cosine_scale != nullptr) with_element(std::true_type());
   else with_element(std::false_type());
+}
+
+template <class Launch>
+void with_kernel_types(const NeighborhoodAttention& a, Launch launch) {
+  with_element_types(a, [&](auto element, auto cosine) {
+    if (a.dim == 128) launch(std::integral_constant<int, 128>(), element, cosine);
+    else if (a.dim == 64) launch(std::integral_constant<int, 64>(), element, cosine);
+    else launch(std::integral_constant<int, 32>(), element, cosine);
+  });
 }
 
 inline void launch_blocks(const std::string& call, void (*kernel)(BackwardArgs), const BackwardArgs& args,
@@ -89,7 +105,7 @@ DEVICE int64_t scalar_at(const Args& args, const Place& place, int y, int x) {
 }
 
 DEVICE char* token_at(const Tensor& x, char* image, int row, int column) {
-  return image + row * x.height_stride + int64_t(column) * x.width_stride;
+  return image + int64_t(row) * int(x.height_stride) + int64_t(column) * x.width_stride;
 }
 
 template <class T>
@@ -108,6 +124,7 @@ struct Stream {
   char *x_image, *y_image;
   uint32_t x_ring, y_ring, row_table, column_table;
   int first_row, first_column, columns, ring, height, width, window_rows, window_columns;
+  int groups;  // of 8 columns that are wanted
 
   DEVICE int row_bytes() const { return columns * kToken; }
   DEVICE uint32_t place_of_token(int slot, int column) const {
@@ -120,7 +137,7 @@ struct Stream {
   // f(row, its slot, ring column) for every token of `count` rows; `slot` is that of `row`.
   template <class F>
   DEVICE void tokens(int row, int count, int slot, F f) const {
-    const int groups = columns / 8, warp = core::uniform(threadIdx.x / 32), warps = blockDim.x / 32;
+    const int warp = core::uniform(threadIdx.x / 32), warps = blockDim.x / 32;
     int i = 0, group = warp;  // i: rows from `row`
     while (group >= groups) group -= groups, ++i;
 #pragma unroll 1
@@ -132,13 +149,17 @@ struct Stream {
     }
   }
 
-  // Starts the copies of rows `row` … (as wrapped); more(row, column in the image, slot · columns + ring column).
-  template <class More>
+  // Which token of the image stands at a ring column, or for one beyond it that nobody sees.
+  DEVICE int nearest_column(int column) const { return most(0, least(first_column + column, width - 1)); }
+
+  // Starts the copies of rows `row` …; more(row, column in the image, slot · columns + ring column). `wraps`: rows and
+  // columns beyond the image are those that a window at its border sees in their place.
+  template <bool wraps, class More>
   DEVICE void load(int row, int count, int slot, More more) const {
     const int t = threadIdx.x % 4;
     tokens(row, count, slot, [&](int at_row, int at_slot, int column) {
-      const int image_row = wrapped(at_row, height, window_rows);
-      const int image_column = wrapped(first_column + column, width, window_columns);
+      const int image_row = wraps ? wrapped(at_row, height, window_rows) : at_row;
+      const int image_column = wraps ? wrapped(first_column + column, width, window_columns) : nearest_column(column);
       const uint32_t to = place_of_token(at_slot, column);
       const char* from_x = token_at(x, x_image, image_row, image_column) + 16 * t;
       const char* from_y = token_at(y, y_image, image_row, image_column) + 16 * t;
@@ -152,7 +173,7 @@ struct Stream {
   }
 
   // Prepares what `load` with the same arguments copied, after copy_async_wait and by the same lanes; more(slot ·
-  // columns + ring column, where the token of y lies).
+  // columns + ring column, where the token of y lies, row, ring column, 1 / the token's length).
   template <class T, bool cosine, class More>
   DEVICE void prepare(int row, int count, int slot, More more) const {
     const int t = threadIdx.x % 4;
@@ -164,7 +185,7 @@ struct Stream {
       float inverse_length;
       store_prepared<dim>(
           at, t, prepared<dim, T, cosine>(raw, load_angles<dim>(angles_at(at_row, column, t)), 1.0f, inverse_length));
-      more(at_slot * columns + column, at + (y_ring - x_ring));
+      more(at_slot * columns + column, at + (y_ring - x_ring), at_row, column, inverse_length);
     });
   }
 
@@ -212,8 +233,8 @@ DEVICE Quarter<dim> load_raw(const char* token, int t, uint32_t nothing) {
   return x;
 }
 
-// Where a lane finds 16 neighbouring tokens of a ring row, from its begin; dim·16 bytes are 8 tokens, which keep the
-// swizzle.
+// Where a lane finds 16 neighbouring tokens of a ring row, from its begin, which is aligned to a token; dim·16 bytes are
+// 8 tokens, which keep the swizzle.
 template <int dim>
 struct Sixteen {
   uint32_t prepared_at, raw_at, transposed_at;
@@ -225,30 +246,32 @@ struct Sixteen {
   }
 };
 
-// products[n] = start[n] + tile · (8 tokens n)ᵀ, for prepared tokens of a ring row.
-template <int dim, class T>
-DEVICE void times_prepared(float (&products)[2][4], const Fragments<dim>& tile, uint32_t at) {
+// products[n] = tile · (8 tokens n)ᵀ, for prepared tokens of a ring row.
+template <int dim, class T, int eights>
+DEVICE void times_prepared(float (&products)[eights][4], const Fragments<dim>& tile, uint32_t row,
+                           const Sixteen<dim>& places) {
   const float zero[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
+  for (int n = 0; n < eights; ++n)
 #pragma unroll
     for (int c = 0; c < dim / 32; ++c) {
       uint32_t b[4];
-      core::ldmatrix_x4(b, (at + n * (16 * dim)) ^ c << 6);
+      core::ldmatrix_x4(b, row + n * (16 * dim) + (places.prepared_at ^ c << 6));
       if (c == 0) multiply<T>(products[n], zero, tile[0], b[0], b[1]);
       else multiply<T>(products[n], tile[2 * c], b[0], b[1]);
       multiply<T>(products[n], tile[2 * c + 1], b[2], b[3]);
     }
 }
 
-// The same for raw ones.
-template <int dim, class T>
-DEVICE void times_raw(float (&products)[2][4], const float (&start)[2][4], const Fragments<dim>& tile, uint32_t at) {
+// products[n] = start[n] + tile · (8 tokens n)ᵀ, for raw ones.
+template <int dim, class T, int eights>
+DEVICE void times_raw(float (&products)[eights][4], const float (&start)[eights][4], const Fragments<dim>& tile,
+                      uint32_t row, const Sixteen<dim>& places) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
+  for (int n = 0; n < eights; ++n)
 #pragma unroll
     for (int c = 0; c < dim / 32; ++c) {
-      const uint4 b = core::load_shared<uint4>((at + n * (16 * dim)) ^ c << 6);
+      const uint4 b = core::load_shared<uint4>(row + n * (16 * dim) + (places.raw_at ^ c << 6));
       if (c == 0) multiply<T>(products[n], start[n], tile[0], b.x, b.y);
       else multiply<T>(products[n], tile[2 * c], b.x, b.y);
       multiply<T>(products[n], tile[2 * c + 1], b.z, b.w);
@@ -257,11 +280,12 @@ DEVICE void times_raw(float (&products)[2][4], const float (&start)[2][4], const
 
 // sums += weights · (16 tokens), over tokens; sums[c]: the features of chunk c.
 template <int dim, class T>
-DEVICE void add_weighted(float (&sums)[dim / 8][4], const uint32_t (&weights)[4], uint32_t at) {
+DEVICE void add_weighted(float (&sums)[dim / 8][4], const uint32_t (&weights)[4], uint32_t row,
+                         const Sixteen<dim>& places) {
 #pragma unroll
   for (int c = 0; c < dim / 16; ++c) {
     uint32_t b[4];
-    core::ldmatrix_x4_trans(b, at ^ c << 5);
+    core::ldmatrix_x4_trans(b, row + (places.transposed_at ^ c << 5));
     multiply<T>(sums[2 * c], weights, b[0], b[1]);
     multiply<T>(sums[2 * c + 1], weights, b[2], b[3]);
   }
@@ -278,17 +302,17 @@ DEVICE void pack_seen(uint32_t (&words)[4], const float (&x)[2][4], const uint32
       words[2 * n + half] = pack<T>(x[n][2 * half], x[n][2 * half + 1]) & seen[n][half];
 }
 
-// factor · the gradient of a token, of which `sums` has that of the prepared one, row `half`; returns this lane's part
-// of ⟨prepared, its gradient⟩.
+// factor · the gradient of a token, of which row `half` of `sums` has that of the prepared one; returns this lane's
+// part of ⟨prepared, its gradient⟩.
 template <int dim, class T, bool cosine>
-DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8][4], const Fragments<dim>& tile,
-                               int half, float inverse_length, float factor, uint32_t angles_at) {
+DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8][4], int half,
+                               const Quarter<dim>& prepared, float inverse_length, float factor, uint32_t angles_at) {
   constexpr int kPairs = dim / 16;
   float g[dim / 4], unit[dim / 4], part = 0;
 #pragma unroll
   for (int c = 0; c < dim / 8; ++c) g[2 * c] = sums[c][2 * half], g[2 * c + 1] = sums[c][2 * half + 1];
   if constexpr (cosine) {
-    unpack<dim, Held<T, cosine>>(unit, take<dim>(tile, half));
+    unpack<dim, Held<T, cosine>>(unit, prepared);
 #pragma unroll
     for (int i = 0; i < dim / 4; ++i) part = fmaf(g[i], unit[i], part);
     const float along = sum_of_token(part);
@@ -312,13 +336,13 @@ DEVICE float gradient_of_token(Quarter<dim>& result, const float (&sums)[dim / 8
 // The largest magnitude of a quarter's elements; NaN does not count.
 template <int dim, class T>
 DEVICE float largest_of(const Quarter<dim>& quarter) {
-  float x = 0;
+  uint32_t x = 0;
 #pragma unroll
   for (int c = 0; c < dim / 8; ++c) {
-    x = fmaxf(x, fabsf(low<T>(quarter.word[c])));
-    x = fmaxf(x, fabsf(high<T>(quarter.word[c])));
+    if constexpr (std::is_same_v<T, BFloat16>) x = core::max_magnitude_bf16(x, quarter.word[c]);
+    else x = core::max_magnitude_f16(x, quarter.word[c]);
   }
-  return x;
+  return fmaxf(low<T>(x), high<T>(x));
 }
 
 // What others' gradients are scaled by: an infinity would take all their digits.
@@ -359,9 +383,90 @@ DEVICE void set_up(Stream<dim>& stream, const BackwardArgs& args, uint32_t share
   const Layout& layout = args.layout;
   stream.x_ring = shared, stream.y_ring = shared + layout.y_ring;
   stream.row_table = shared + layout.row_table, stream.column_table = shared + layout.column_table;
-  stream.columns = layout.columns, stream.ring = layout.ring;
+  stream.columns = layout.columns, stream.groups = layout.columns / 8, stream.ring = layout.ring;
   stream.height = f.height, stream.width = f.width;
   stream.window_rows = f.window_rows, stream.window_columns = f.window_columns;
+}
+
+// ---- keys -------------------------------------------------------------------------------------------------------------
+// 2 × 8 keys; token g of rows y and y + 1.
+template <int dim>
+struct KeyTile {
+  Fragments<dim> k, v;
+  float inverse_length[2];
+};
+
+// The same as they are in memory.
+template <int dim>
+struct RawKeys {
+  Quarter<dim> k[2], v[2];
+};
+
+template <int dim>
+DEVICE RawKeys<dim> load_keys(const BackwardArgs& args, char* k_image, char* v_image, const int (&y)[2], int x) {
+  const int t = threadIdx.x % 4;
+  RawKeys<dim> raw;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    raw.k[half] = load_quarter<dim>(token_at(args.forward.k, k_image, y[half], x), t);
+    raw.v[half] = load_raw<dim>(token_at(args.forward.v, v_image, y[half], x), t, args.nothing);
+  }
+  return raw;
+}
+
+template <int dim, class T, bool cosine>
+DEVICE void prepare_keys(KeyTile<dim>& tile, const RawKeys<dim>& raw, const Stream<dim>& stream, const int (&y)[2],
+                         int x) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Angles<dim> angles = load_angles<dim>(stream.angles_at(y[half], x - stream.first_column, t));
+    put<dim>(tile.k, half, prepared<dim, T, cosine>(raw.k[half], angles, 1.0f, tile.inverse_length[half]));
+    put<dim>(tile.v, half, raw.v[half]);
+  }
+}
+
+// Which gradients a march over the rows of queries adds up. Heads of 128 leave no registers for both at once.
+enum class Sums { both, keys, values };
+
+// Accumulators hold features 2t, 2t + 1 of every chunk of 8. Neighbours exchange, so that a lane has 4 features
+// together. The token becomes factor · them.
+template <int dim, class T>
+DEVICE void store_sums(char* token, const float (&sums)[dim / 8][4], int half, float factor, bool mine) {
+  const int t = threadIdx.x % 4;
+  const bool odd = t % 2;
+  uint32_t word[dim / 8];
+#pragma unroll
+  for (int c = 0; c < dim / 8; ++c) word[c] = pack<T>(sums[c][2 * half] * factor, sums[c][2 * half + 1] * factor);
+#pragma unroll
+  for (int c = 0; c < dim / 8; c += 2) {
+    const uint32_t got = core::shuffle_xor(odd ? word[c] : word[c + 1], 1);
+    (odd ? word[c] : word[c + 1]) = got;
+    if (mine) core::store_global<uint2>(token + 16 * (c + t % 2) + 8 * (t / 2), uint2{word[c], word[c + 1]});
+  }
+}
+
+// dk and dv of a tile, from the sums that `sums` says, times key_factors of the row or value_factor; `mine`: of which
+// row.
+template <int dim, class T, bool cosine, Sums sums>
+DEVICE void store_keys(const float (&dk)[dim / 8][4], const float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
+                       const BackwardArgs& args, char* dk_image, char* dv_image, const Stream<dim>& stream,
+                       const int (&y)[2], int x, const bool (&mine)[2], const float (&key_factors)[2],
+                       float value_factor) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (sums != Sums::values) {
+      Quarter<dim> result;
+      gradient_of_token<dim, T, cosine>(result, dk, half, take<dim>(tile.k, half), tile.inverse_length[half],
+                                        key_factors[half], stream.angles_at(y[half], x - stream.first_column, t));
+      if (mine[half] && args.dk.data != nullptr)
+        store_quarter<dim>(token_at(args.dk, dk_image, y[half], x), t, result);
+    }
+    if constexpr (sums != Sums::keys)
+      store_sums<dim, T>(token_at(args.dv, dv_image, y[half], x), dv, half, value_factor,
+                         mine[half] && args.dv.data != nullptr);
+  }
 }
 
 }  // namespace strips

@@ -1,4 +1,6 @@
-// The fast path of neighborhood attention's backward pass: two kernels march down strips; the same bits every time.
+// The fast path of neighborhood attention's backward pass: kernels march down strips; the same bits every time.
+//
+// In two passes, or in one, fused_kernel (strips_backward_fused_cuda.cu), where a block can have 227 KB of shared memory:
 //
 // 1. queries_kernel: dq, −delta of each query, and one Part of each block for the others.
 // 2. keys_kernel: dk and dv, from all queries that see a key.
@@ -56,15 +58,6 @@ void cut_rows(Args& args, int height, int64_t images) {
   const int64_t at_once = int64_t(core::multiprocessors()) * kBlocksPerProcessor;
   args.rows = segment_rows(height, args.strips * images, at_once, kStep, args.window_rows + kStep, kMostRows);
   args.segments = (height + args.rows - 1) / args.rows;
-}
-
-// Whether the queries that see keys begin … end − 1 of a tile lie within the 16 columns that the tile is multiplied
-// with.
-bool tile_fits(int begin, int end, int width, int window) {
-  const int first = begin - keys_reach_back(window), low = begin > 0 ? begin : 0;
-  const int high = (end < begin + kTileColumns ? end : begin + kTileColumns) - 1;
-  if (low > high) return true;
-  return first_query(low, window) >= first && last_query(high, width, window) < first + 16;
 }
 
 bool strips_fit(int strips, int columns, int first_strip, int last_strip, int width, int window) {
@@ -174,17 +167,23 @@ bool neighborhood_attention_strips_backward_cuda(const NeighborhoodAttentionBack
   if (!takes(a)) return false;
   if (images(a) == 0) return true;
   const int64_t most_bytes = int64_t(core::most_shared_bytes());
-  const BackwardArgs args = args_of(a);
-  BackwardArgs queries = plan_queries(args, a, most_bytes), keys = plan_keys(args, a, most_bytes);
-  if (queries.warps == 0 || keys.warps == 0) return false;
-  queries.parts = keys.parts = static_cast<Part*>(workspace);
-  queries.neg_delta = keys.neg_delta = reinterpret_cast<float*>(queries.parts + images(a) * queries.parts_per_head);
-  keys.parts_per_head = queries.parts_per_head;
   const std::string call = describe(a.forward);
-  launch_queries(queries, a.forward, call, stream);
-  if (a.dk.data != nullptr || a.dv.data != nullptr) launch_keys(keys, a.forward, call, stream);
+  BackwardArgs args = args_of(a);
+  args.parts = static_cast<Part*>(workspace);
+  if (plan_fused(args, a.forward, most_bytes)) {
+    launch_fused(args, a.forward, call, stream);
+  } else {
+    const BackwardArgs both = args_of(a);
+    BackwardArgs queries = plan_queries(both, a, most_bytes), keys = plan_keys(both, a, most_bytes);
+    if (queries.warps == 0 || keys.warps == 0) return false;
+    queries.parts = keys.parts = args.parts;
+    queries.neg_delta = keys.neg_delta = reinterpret_cast<float*>(queries.parts + images(a) * queries.parts_per_head);
+    args.parts_per_head = keys.parts_per_head = queries.parts_per_head;
+    launch_queries(queries, a.forward, call, stream);
+    if (a.dk.data != nullptr || a.dv.data != nullptr) launch_keys(keys, a.forward, call, stream);
+  }
   if (a.dcosine_scale != nullptr)
-    core::launch(call + ", sum", sum_kernel, dim3(unsigned(images(a))), dim3(32), 0, stream, queries);
+    core::launch(call + ", sum", sum_kernel, dim3(unsigned(images(a))), dim3(32), 0, stream, args);
   return true;
 }
 

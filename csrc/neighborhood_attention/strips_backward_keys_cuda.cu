@@ -10,11 +10,9 @@ namespace {
 
 using namespace strips;
 
-// 2 × 8 keys; token g of rows y and y + 1.
-template <int dim>
-struct KeyTile {
-  Fragments<dim> k, v;
-  float inverse_length[2], scale[2], unscale[2];  // scale: a power of two that keeps ds in float16's range
+// Powers of two that keep ds in float16's range, for each row of a tile.
+struct Scales {
+  float scale[2], unscale[2];
 };
 
 // The largest elements of dout and delta in the image, of this head.
@@ -39,41 +37,29 @@ DEVICE Totals totals_of_head(const BackwardArgs& args, const Place& place, uint3
 }
 
 template <int dim, class T, bool cosine>
-DEVICE void load_keys(KeyTile<dim>& tile, const BackwardArgs& args, const Place& place, const Stream<dim>& stream,
-                      const Totals& totals, const int (&y)[2], int x) {
-  const Args& f = args.forward;
-  const int t = threadIdx.x % 4;
+DEVICE Scales scales_of(const RawKeys<dim>& raw, const Totals& totals) {
+  Scales scales = {{1, 1}, {1, 1}};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Quarter<dim> raw = load_quarter<dim>(token_at(f.k, image_of(f.k, place), y[half], x), t);
-    const Quarter<dim> value = load_raw<dim>(token_at(f.v, image_of(f.v, place), y[half], x), t, args.nothing);
-    put<dim>(tile.k, half,
-             prepared<dim, T, cosine>(
-                 raw, load_angles<dim>(stream.angles_at(y[half], x - stream.first_column, t)), 1.0f,
-                 tile.inverse_length[half]));
-    put<dim>(tile.v, half, value);
-    tile.scale[half] = tile.unscale[half] = 1;
+  for (int half = 0; half < 2; ++half)
     if constexpr (std::is_same_v<Held<T, cosine>, Float16>) {
-      const float largest = max_of_token(largest_of<dim, T>(value));
+      const float largest = max_of_token(largest_of<dim, T>(raw.v[half]));
       const float exponent = exponent_of_ds<dim>(totals.dout, largest, totals.delta);
-      tile.scale[half] = core::exp2(exponent), tile.unscale[half] = core::exp2(-exponent);
+      scales.scale[half] = core::exp2(exponent), scales.unscale[half] = core::exp2(-exponent);
     }
-  }
+  return scales;
 }
-
-// Which gradients a march over the rows of queries adds up. Heads of 128 leave no registers for both at once.
-enum class Sums { both, keys, values };
 
 // What one row of queries adds to dk and dv. scalars: their levels, and `delta_ring` bytes later −delta, of the first
 // of 16.
 template <int dim, class T, bool cosine, Sums sums>
 DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
-                               uint32_t queries, uint32_t douts, uint32_t scalars, uint32_t delta_ring,
-                               const Sixteen<dim>& places, const uint32_t (&seen)[2][2], float slope) {
+                               const Scales& scales, uint32_t queries, uint32_t douts, uint32_t scalars,
+                               uint32_t delta_ring, const Sixteen<dim>& places, const uint32_t (&seen)[2][2],
+                               float slope) {
   using Unit = Held<T, cosine>;
   const uint32_t at = scalars + threadIdx.x % 4 * 8;
   float p[2][4];
-  times_prepared<dim, Unit>(p, tile.k, queries + places.prepared_at);
+  times_prepared<dim, Unit>(p, tile.k, queries, places);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const float2 level = core::load_shared<float2>(at + 32 * n);
@@ -83,7 +69,7 @@ DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4],
   if constexpr (sums != Sums::keys) {
     uint32_t weights[4];
     pack_seen<T>(weights, p, seen);
-    add_weighted<dim, T>(dv, weights, douts + places.transposed_at);
+    add_weighted<dim, T>(dv, weights, douts, places);
   }
   if constexpr (sums != Sums::values) {
     float d[2][4], start[2][4];
@@ -92,56 +78,17 @@ DEVICE void add_row_of_queries(float (&dk)[dim / 8][4], float (&dv)[dim / 8][4],
       const float2 delta = core::load_shared<float2>(at + 32 * n + delta_ring);
       start[n][0] = start[n][2] = delta.x, start[n][1] = start[n][3] = delta.y;
     }
-    times_raw<dim, T>(d, start, tile.v, douts + places.raw_at);
+    times_raw<dim, T>(d, start, tile.v, douts, places);
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         d[n][e] *= p[n][e];
-        if constexpr (std::is_same_v<Unit, Float16>) d[n][e] *= tile.scale[e / 2];
+        if constexpr (std::is_same_v<Unit, Float16>) d[n][e] *= scales.scale[e / 2];
       }
     uint32_t ds[4];
     pack_seen<Unit>(ds, d, seen);
-    add_weighted<dim, Unit>(dk, ds, queries + places.transposed_at);
-  }
-}
-
-// Accumulators hold features 2t, 2t + 1 of every chunk of 8. Neighbours exchange, so that a lane has 4 features
-// together.
-template <int dim, class T>
-DEVICE void store_sums(char* token, const float (&sums)[dim / 8][4], int half, bool mine) {
-  const int t = threadIdx.x % 4;
-  const bool odd = t % 2;
-  uint32_t word[dim / 8];
-#pragma unroll
-  for (int c = 0; c < dim / 8; ++c) word[c] = pack<T>(sums[c][2 * half], sums[c][2 * half + 1]);
-#pragma unroll
-  for (int c = 0; c < dim / 8; c += 2) {
-    const uint32_t got = core::shuffle_xor(odd ? word[c] : word[c + 1], 1);
-    (odd ? word[c] : word[c + 1]) = got;
-    if (mine) core::store_global<uint2>(token + 16 * (c + t % 2) + 8 * (t / 2), uint2{word[c], word[c + 1]});
-  }
-}
-
-// dk and dv of a tile, from the sums that `sums` says; `mine`: of which row.
-template <int dim, class T, bool cosine, Sums sums>
-DEVICE void store_keys(const float (&dk)[dim / 8][4], const float (&dv)[dim / 8][4], const KeyTile<dim>& tile,
-                       const BackwardArgs& args, const Place& place, const Stream<dim>& stream, const int (&y)[2],
-                       int x, const bool (&mine)[2], float factor) {
-  const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if constexpr (sums != Sums::values) {
-      Quarter<dim> result;
-      gradient_of_token<dim, T, cosine>(result, dk, tile.k, half, tile.inverse_length[half],
-                                        factor * tile.unscale[half],
-                                        stream.angles_at(y[half], x - stream.first_column, t));
-      if (mine[half] && args.dk.data != nullptr)
-        store_quarter<dim>(token_at(args.dk, image_of(args.dk, place), y[half], x), t, result);
-    }
-    if constexpr (sums != Sums::keys)
-      store_sums<dim, T>(token_at(args.dv, image_of(args.dv, place), y[half], x), dv, half,
-                         mine[half] && args.dv.data != nullptr);
+    add_weighted<dim, Unit>(dk, ds, queries, places);
   }
 }
 
@@ -175,7 +122,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
     if (thread % 4 == 1) core::copy_async_4(levels + 4 * at, f.lse + query);
     if (thread % 4 == 2) core::copy_async_4(levels + delta_ring + 4 * at, args.neg_delta + query);
   };
-  const auto scale_level = [&](int at, uint32_t) {
+  const auto scale_level = [&](int at, auto...) {
     if (thread % 4 == 1)
       core::store_shared<float>(levels + 4 * at, core::load_shared<float>(levels + 4 * at) * -kLog2E);
   };
@@ -212,7 +159,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
     core::sync_block();
     if (have <= high) {  // at the start and at borders
       const int rows = high + 1 - have;
-      stream.load(have, rows, have_slot, load_scalars);
+      stream.template load<false>(have, rows, have_slot, load_scalars);
       core::copy_async_commit();
       core::copy_async_wait<0>();
       stream.template prepare<T, cosine>(have, rows, have_slot, scale_level);
@@ -224,11 +171,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
       const int next = last_query(least(row + kStep + 1, f.height - 1), f.height, f.window_rows);
       coming = most(0, least(next, low + stream.ring - 1) + 1 - have);
     }
-    stream.load(have, coming, have_slot, load_scalars);
+    stream.template load<false>(have, coming, have_slot, load_scalars);
     core::copy_async_commit();
     if (active) {
+      const RawKeys<dim> raw = load_keys<dim>(args, image_of(f.k, place), image_of(f.v, place), y, safe_x);
+      const Scales scales = scales_of<dim, T, cosine>(raw, totals);
       KeyTile<dim> tile;
-      load_keys<dim, T, cosine>(tile, args, place, stream, totals, y, safe_x);
+      prepare_keys<dim, T, cosine>(tile, raw, stream, y, safe_x);
       const int last_of_first = last_query(y[0], f.height, f.window_rows);
       const int first_of_last = first_query(y[1], f.window_rows);
       const bool inside = x >= 0 && x < strip.end, mine[2] = {inside && row >= 0, inside && row + 1 < y_end};
@@ -242,11 +191,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) keys_ker
           const uint32_t above = r <= last_of_first ? ~0u : 0u, below = r >= first_of_last ? ~0u : 0u;
           const uint32_t seen[2][2] = {{in_window[0] & above, in_window[0] & below},
                                        {in_window[1] & above, in_window[1] & below}};
-          add_row_of_queries<dim, T, cosine, sums>(dk, dv, tile, stream.x_ring + at, stream.y_ring + at, scalars,
-                                                   delta_ring, places, seen, slope);
+          add_row_of_queries<dim, T, cosine, sums>(dk, dv, tile, scales, stream.x_ring + at, stream.y_ring + at,
+                                                   scalars, delta_ring, places, seen, slope);
           if (++slot == stream.ring) slot = 0;
         }
-        store_keys<dim, T, cosine, sums>(dk, dv, tile, args, place, stream, y, safe_x, mine, factor);
+        const float factors[2] = {factor * scales.unscale[0], factor * scales.unscale[1]};
+        store_keys<dim, T, cosine, sums>(dk, dv, tile, args, image_of(args.dk, place), image_of(args.dv, place),
+                                         stream, y, safe_x, mine, factors, 1.0f);
       };
       if constexpr (dim < 128) {
         add_up(std::integral_constant<Sums, Sums::both>());

@@ -61,15 +61,15 @@ DEVICE void add_row_of_keys(float (&dq)[dim / 8][4], const QueryTile<dim>& tile,
                             const Sixteen<dim>& places, const uint32_t (&seen)[2][2], float slope) {
   using Unit = Held<T, cosine>;
   float s[2][4], d[2][4];
-  times_prepared<dim, Unit>(s, tile.q, keys + places.prepared_at);
-  times_raw<dim, T>(d, tile.start, tile.dout, values + places.raw_at);
+  times_prepared<dim, Unit>(s, tile.q, keys, places);
+  times_raw<dim, T>(d, tile.start, tile.dout, values, places);
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) d[n][e] *= core::exp2(fmaf(s[n][e], slope, tile.level[e / 2]));
   uint32_t ds[4];
   pack_seen<Unit>(ds, d, seen);
-  add_weighted<dim, Unit>(dq, ds, keys + places.transposed_at);
+  add_weighted<dim, Unit>(dq, ds, keys, places);
 }
 
 template <int dim, class T, bool cosine>
@@ -82,8 +82,9 @@ DEVICE void store_queries(const float (&dq)[dim / 8][4], const QueryTile<dim>& t
     const bool mine = half < rows_left && x < args.forward.width;
     const float unscale = core::exp2(-tile.exponent[half]);
     Quarter<dim> result;
-    const float part = gradient_of_token<dim, T, cosine>(result, dq, tile.q, half, tile.inverse_length[half],
-                                                         factor * unscale, stream.angles_at(y + half, table_column, t));
+    const float part =
+        gradient_of_token<dim, T, cosine>(result, dq, half, take<dim>(tile.q, half), tile.inverse_length[half],
+                                          factor * unscale, stream.angles_at(y + half, table_column, t));
     totals.dcosine_scale += mine ? part * unscale : 0.0f;
     if (mine && args.dq.data != nullptr)
       store_quarter<dim>(token_at(args.dq, image_of(args.dq, place), y + half, x), t, result);
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
   // The largest element of values in the ring so far: each warp's of what it copied, for the next step, in turns.
   const uint32_t largest_at = shared + args.layout.sums;
   float largest_value = 0;
-  const auto find_largest = [&](int, uint32_t at) {
+  const auto find_largest = [&](int, uint32_t at, auto...) {
     if constexpr (kNarrow) largest_value = fmaxf(largest_value, if_finite(largest_of<dim, T>(stream.load_y(at))));
   };
   const auto share_largest = [&](int step) {
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
         largest_value = fmaxf(largest_value, core::load_shared<float>(largest_at + (step % 2 * kMostWarps + w) * 4));
   };
   if (whole) {
-    stream.load(stream.first_row, live, 0, nothing_more);
+    stream.template load<true>(stream.first_row, live, 0, nothing_more);
     core::copy_async_commit();
     core::copy_async_wait<0>();
     stream.template prepare<T, cosine>(stream.first_row, live, 0, find_largest);
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kBlocksPerProcessor) queries_
     const bool more = whole && done + kStep < rows;
     core::sync_block();
     if (whole) take_largest(done / kStep);
-    if (more) stream.load(coming, kStep, coming_slot, nothing_more);
+    if (more) stream.template load<true>(coming, kStep, coming_slot, nothing_more);
     core::copy_async_commit();
     if (active) {
       QueryTile<dim> tile;
