@@ -284,8 +284,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with files.replacing(path) as temporary:
+        temporary.touch(0o600)
         temporary.write_text("after")
     assert path.read_text() == "after"
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").unlink()
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     for pid in (os.getpid(), int(dead.stdout)):
         (tmp_path / f".file.{pid}.tmp").write_text("left")
