@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 2 for what the user can put right, 130 when stopped by ^C."""
     try:
         return parse(arguments).run() or 0
-    except (ValueError, UnreadableImage, ModuleNotFoundError, OSError) as error:
+    except (ValueError, UnreadableImage, ModuleNotFoundError, OSError, FloatingPointError) as error:
         print(f"hdit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

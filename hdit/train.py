@@ -6,6 +6,7 @@ On one processor as it is, on many under torchrun.
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import math
 import signal
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import checkpoints, configs, export, sample, train_log
+from . import checkpoints, configs, data, export, sample, train_log
 from .configs import Configuration, Training
 from .files import remove_leftovers, replacing
 from .models import pretrained
@@ -131,16 +132,18 @@ class Run:
         self._resume()
         with _signals(self):
             if self.main and not (self.folder / "samples/real.png").exists():
-                self._save_grid(torch.stack([self._real(i) for i in range(self.options.demo_count)]), "real")
+                self._save_grid(self._real(), "real")
             self._loop()
+            # What the processes agreed on: a signal that comes from here on reaches them at different places.
+            stopped_by = None if self.trainer.step == self.recipe.steps else self.stopped_by
             self.checkpoint()
-            if self.stopped_by is None:
+            if stopped_by is None:
                 self._finish()
         self.accelerator.end_training()
-        if self.stopped_by is not None:
-            name = signal.Signals(self.stopped_by).name
+        if stopped_by is not None:
+            name = signal.Signals(stopped_by).name
             self.say(f"stopped by {name} after {self.trainer.step} steps; the same command resumes {self.folder}")
-            return 128 + self.stopped_by
+            return 128 + stopped_by
         return 0
 
     def _loop(self) -> None:
@@ -272,10 +275,18 @@ class Run:
 
     # ---- pictures --------------------------------------------------------------------------------------------------
 
-    def _real(self, index: int) -> Tensor:
-        return self.trainer.images.example(
-            index % len(self.trainer.images), generator("cpu", self.options.seed, index)
-        )[0]
+    def _real(self) -> Tensor:
+        """The first images of the set that can be read, over and over where it has fewer than the grid."""
+        images, seed = self.trainer.images, self.options.seed
+        found = []
+        for index in range(len(images)):
+            with contextlib.suppress(data.UnreadableImage):  # the stream of batches names it
+                found.append(images.example(index, generator("cpu", seed, index))[0])
+            if len(found) == self.options.demo_count:
+                break
+        if not found:
+            raise data.UnreadableImage(f"none of the {len(images)} images of {images.name!r} can be read")
+        return torch.stack(list(itertools.islice(itertools.cycle(found), self.options.demo_count)))
 
     @torch.no_grad()
     def demo(self) -> None:
