@@ -27,6 +27,7 @@ import hdit_kernels
 
 from . import data, flops
 from .diffusion.preconditioning import Denoiser
+from .files import replacing
 from .models.dit import DiT, DiTConfig
 from .models.hdit import Global, HDiT, HDiTConfig, Level
 from .scaling_plots import draw, fit
@@ -181,14 +182,10 @@ def _value(column: str, text: str) -> int | float | str | None:
 
 def write_csv(path: Path, rows: list[dict]):
     """Replace ``path`` in one step: whoever is killed leaves the old file or the new one, never a half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def sweep(scaling: Scaling):
