@@ -116,7 +116,7 @@ gpu-wheels:
 		matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six setuptools wheel
 
 triton-check: setup
-	$(RUN) -m benchmarks.triton_check
+	$(RUN) -m benchmarks.triton_check $(if $(ARCH),--arch $(ARCH))
 
 clean:
 	rm -rf .venv build dist *.egg-info hdit_kernels/*.so runs
