@@ -49,7 +49,7 @@ reproduce: setup
 
 # A process for each core, each with one thread: two threads on two busy cores would wait for each other in a spin.
 test: setup emulated
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup --durations=30 --durations-min=5
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadscope --durations=30 --durations-min=5
 
 # The CUDA kernels as a module that runs on a CPU, for tests (csrc/emulation.h); never part of the package.
 emulated: $(RUN)

@@ -89,9 +89,10 @@ def row_of(name: str, full, steps: int, real) -> dict:
 def main(
     table: Literal["hdit", "simple-diffusion"] = "hdit",
     steps: int = 400,
+    only: tuple[str, ...] = (),
     output: Path = Path("benchmarks/results/ablations.csv"),
 ):
-    """One table of ablations; rows already in OUTPUT with as many steps are kept."""
+    """One table of ablations, or ONLY those rows of it; what OUTPUT has with as many steps is kept."""
     rows = list(csv.DictReader(output.open(newline=""))) if output.is_file() else []
     done = {(row["table"], row["row"]) for row in rows if not row["steps"] or int(row["steps"]) == steps}
     facts = {
@@ -103,7 +104,7 @@ def main(
     }
     real, scale = real_images()
     for name in [*scale, *TABLES[table]]:
-        if (table, name) in done:
+        if (table, name) in done or (only and name not in (*scale, *only)):
             continue
         if name in scale:
             found = dict(zip(("pixels_fd", "patches_fd"), (f"{value:.3f}" for value in scale[name]), strict=True))

@@ -16,7 +16,6 @@ import hdit_kernels
 from hdit_kernels import _C, cases
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("benchmarks")  # one process: what its fixtures make takes long
 BREAK = """
 from hdit_kernels import op
 forward = op.OPS["ada_rms_norm"].forward

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.xdist_group("install")  # one process: what its fixtures make takes long
 BUILD = "import setuptools.build_meta as backend, sys; print(backend.build_{}(sys.argv[1]))"
 # -S and -I: the wheel alone, without the site-packages of this environment and without the current directory
 IMPORT = """

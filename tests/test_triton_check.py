@@ -23,7 +23,6 @@ import triton.language as tl
 from hdit_kernels import cases
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("triton_check")  # one process: what its fixtures make takes long
 BLOCK = 128  # float32 elements: one access of 16 bytes for each thread of a warp
 
 
