@@ -36,7 +36,7 @@ reproduce: setup
 	mkdir -p runs
 	$(BIN)/hdit flops --csv runs/flops.csv
 	$(BIN)/hdit schedules --output runs/schedules
-	$(BIN)/hdit train builtin_64 $(BUILTIN) --minutes 3 --demo-count 36 --output runs/train
+	$(BIN)/hdit train builtin_64 $(BUILTIN) --minutes 2.5 --demo-count 36 --output runs/train
 	$(BIN)/hdit train builtin_64 $(BUILTIN) --steps 1 --demo-count 9 --output runs/untrained
 	$(BIN)/hdit sample checkpoints/builtin_64.safetensors --count 36 --guidance 1.5 --output runs/samples
 	$(BIN)/hdit evaluate builtin noise runs/untrained/model.safetensors runs/train/model.safetensors \
