@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import checkpoints, configs, data, export, sample, train_log
+from . import checkpoints, configs, data, export, pictures, sample, train_log
 from .configs import Configuration, Training
-from .files import remove_leftovers, replacing
+from .files import remove_leftovers
 from .models import pretrained
 from .train_step import Trainer, generator
 
@@ -311,8 +311,7 @@ class Run:
             self._save_grid(images, f"step-{self.trainer.step:08}")
 
     def _save_grid(self, images: Tensor, name: str) -> None:
-        with replacing(self.folder / "samples" / f"{name}.png") as temporary:
-            sample.grid(images).save(temporary, format="PNG")
+        pictures.write(pictures.grid(images), self.folder / "samples" / f"{name}.png")
 
     def _finish(self) -> None:
         self.demo()

@@ -47,15 +47,13 @@ def smoothed(values: list[float], window: int) -> list[float]:
     return result
 
 
-def curve(axes, runs: dict[str, Path]) -> None:
-    """Loss against step of runs (label -> folder): smoothed, and of a single run every step as well."""
-    for label, folder in runs.items():
-        entries = read(Path(folder) / "metrics.jsonl")
-        losses, at = [entry["loss"] for entry in entries], [entry["step"] for entry in entries]
-        window = max(1, len(losses) // 50)
-        (line,) = axes.plot(at, smoothed(losses, window), label=f"{label}, mean of {window} steps", zorder=2)
-        if len(runs) == 1:
-            axes.plot(at, losses, color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
+def curve(axes, folder: Path) -> None:
+    """Loss against step of a run: every step, and smoothed."""
+    entries = read(folder / "metrics.jsonl")
+    losses, at = [entry["loss"] for entry in entries], [entry["step"] for entry in entries]
+    window = max(1, len(losses) // 50)
+    (line,) = axes.plot(at, smoothed(losses, window), label=f"loss, mean of {window} steps", zorder=2)
+    axes.plot(at, losses, color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -69,7 +67,7 @@ def overview(folder: Path, path: str | Path, title: str = "") -> None:
     last = max(folder.glob("samples/step-*.png"))
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     loss, real, samples = figure.subplots(1, 3)
-    curve(loss, {"loss": folder})
+    curve(loss, folder)
     loss.set_title(title)
     for axes, file, name in ((real, folder / "samples/real.png", "images"), (samples, last, f"samples, {last.stem}")):
         axes.imshow(imread(file), interpolation="nearest")
