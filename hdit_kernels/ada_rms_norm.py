@@ -67,8 +67,7 @@ def tokens(x: Tensor, scale: Tensor) -> Tensor:
 
 def wide(scale: Tensor, x: Tensor) -> Tensor:
     """scale in the dtype the kernels compute in."""
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return scale if scale.dtype is dtype and scale.is_contiguous() else scale.to(dtype).contiguous()
+    return extension.packed(scale, extension.wide(x))
 
 
 def forward(backend: str, inputs, outputs, params) -> None:

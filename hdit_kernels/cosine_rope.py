@@ -119,9 +119,10 @@ def check_cosine_scale(cosine_scale, q: Tensor) -> None:
 def check_rope(rope, q: Tensor) -> None:
     if not isinstance(rope, tuple) or len(rope) != 2 or not all(isinstance(a, Tensor) for a in rope):
         raise TypeError(f"rope must be an AxialRope(height_angles, width_angles) of tensors; got {type(rope).__name__}")
-    for name, angles, length in ("height_angles", rope[0], q.shape[1]), ("width_angles", rope[1], q.shape[2]):
-        expected = (length, q.shape[3], rope[0].shape[-1] if rope[0].ndim else "r")
-        if angles.ndim != 3 or any(a != e for a, e in zip(angles.shape, expected, strict=True)):
+    _, height, width, heads, dim = q.shape
+    for name, angles, length in ("height_angles", rope[0], height), ("width_angles", rope[1], width):
+        expected = (length, heads, rope[0].shape[-1] if rope[0].ndim else "r")
+        if angles.shape != expected:
             text = "({}, {}, {})".format(*expected)
             raise ValueError(f"rope.{name} must be (length, heads, r) = {text}; got {tuple(angles.shape)}")
         if angles.dtype not in (torch.float32, torch.float64) or (
@@ -133,10 +134,8 @@ def check_rope(rope, q: Tensor) -> None:
             raise ValueError(f"rope.{name} must not require grad (angles are constants); got requires_grad=True")
         if angles.device != q.device:
             raise ValueError(f"rope.{name} must be on q's device {q.device}; got {angles.device}")
-    if 4 * rope[0].shape[-1] > q.shape[4]:
-        raise ValueError(
-            f"rope must have at most dim/4 = {q.shape[4] // 4} angles an axis; got r = {rope[0].shape[-1]}"
-        )
+    if 4 * rope[0].shape[-1] > dim:
+        raise ValueError(f"rope must have at most dim/4 = {dim // 4} angles an axis; got r = {rope[0].shape[-1]}")
 
 
 def allocate(q, k, cosine_scale, height_angles, width_angles):
@@ -159,9 +158,9 @@ def placed(x: Tensor | None) -> list[int]:
 def native_arguments(q, k, cosine_scale, height_angles, width_angles):
     """(what the compiled forward and backward passes begin with, the tensors that must live until they have run)"""
     q, k = dense(q), dense(k)
-    scale = cosine_scale.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    scale = extension.packed(cosine_scale, extension.wide(q))
     dtype = torch.promote_types(height_angles.dtype, width_angles.dtype)
-    angles = [t.to(dtype).contiguous() for t in (height_angles, width_angles)]
+    angles = [extension.packed(t, dtype) for t in (height_angles, width_angles)]
     pointers = [t.data_ptr() for t in (scale, *angles)]
     sizes = [*q.shape, height_angles.shape[-1]]
     packed = placed(q), placed(k), pointers, sizes, extension.dtype(angles[0]), extension.dtype(q)

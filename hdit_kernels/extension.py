@@ -67,6 +67,16 @@ def place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """What the kernels compute in, and take small inputs and sums in."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x contiguous and of that dtype. (A `.to` that has nothing to do costs a microsecond.)"""
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
 def extent(x: Tensor) -> int:
     """Bytes from the first element to the end of the last one."""
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))

@@ -283,12 +283,12 @@ def native_arguments(inputs, outputs, params):
     """(what the compiled forward pass takes, the tensors it reads and writes)"""
     q, k, v, cosine_scale, *angles, extra_keys, extra_values, key_mask = inputs
     kernel_size, stride, dilation, is_causal, scale = params
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = extension.wide(q)
     tokens = [dense(t) for t in (q, k, v, extra_keys, extra_values)]
     if angles[0] is not None:  # float64 angles of many turns keep their digits in float32
         turn = 2 * math.pi
         angles = [t if t.dtype is dtype else t - turn * torch.round(t / turn) for t in angles]
-    others = [None if t is None else t.to(dtype).contiguous() for t in (cosine_scale, *angles)]
+    others = [None if t is None else extension.packed(t, dtype) for t in (cosine_scale, *angles)]
     others += [None if key_mask is None else key_mask.contiguous(), *outputs]
     batch, height, width, heads, dim = q.shape
     r = 0 if angles[0] is None else angles[0].shape[-1]
@@ -342,8 +342,7 @@ def declines(backend: str, q, k, v, *others) -> str | None:
 
 
 def autocast(*tensors):
-    first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    dtype = None if first is None else op.autocast_dtype(first.device.type)
+    dtype = op.autocast_dtype(tensors[0].device.type) if isinstance(tensors[0], Tensor) else None
     if dtype is None:
         return tensors
     lower = lambda t: isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64  # noqa: E731
@@ -352,6 +351,8 @@ def autocast(*tensors):
 
 def pair(name: str, value, kind: type) -> tuple:
     """One value, or a (rows, columns) pair, of ints or bools."""
+    if type(value) is kind:  # most calls; the checks of a call cost as much as a small kernel
+        return value, value
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     right = (
         (lambda x: isinstance(x, bool)) if kind is bool else (lambda x: isinstance(x, int) and not isinstance(x, bool))
@@ -367,14 +368,15 @@ def check_window(grid, kernel_size, stride, dilation, is_causal, wrap):
     if any(pair("wrap", wrap, bool)):
         raise ValueError(f"wrap must be False: circular windows are not supported yet; got {wrap!r}")
     for axis, length, k, s, d in zip(("rows", "columns"), grid, kernel_size, stride, dilation, strict=True):
+        if 1 <= s <= k and d >= 1 and k * d <= length:
+            continue
         if k < 1 or d < 1 or s < 1:
             name, value = ("kernel_size", k) if k < 1 else ("dilation", d) if d < 1 else ("stride", s)
             raise ValueError(f"{name} must be at least 1; got {value} along the {axis}")
         if k * d > length:
             text = f"kernel_size · dilation must not exceed the {length} {axis} of the grid"
             raise ValueError(f"{text}; got kernel_size {k} · dilation {d} = {k * d}")
-        if s > k:
-            raise ValueError(f"stride must be between 1 and kernel_size = {k} along the {axis}; got {s}")
+        raise ValueError(f"stride must be between 1 and kernel_size = {k} along the {axis}; got {s}")
     return kernel_size, stride, dilation, is_causal
 
 
@@ -424,7 +426,7 @@ def check_extras(q, v_dim, cosine_scale, rope, additional_keys, additional_value
 
 
 def allocate(q, k, v, *others):
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    lse_dtype = extension.wide(q)
     return q.new_empty((*q.shape[:4], v.shape[4])), q.new_empty(q.shape[:4], dtype=lse_dtype)
 
 
