@@ -85,7 +85,8 @@ def restore(state: dict[str, Tensor], network: nn.Module, ema: Ema, optimizer: t
         if key.startswith("optimizer."):
             name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
             p = parameters[name]
-            optimizer.state[p][moment] = _like(tensor, p) if tensor.shape == p.shape and tensor.ndim else tensor.clone()
+            whole_step = moment == "step"  # not sharded; a fused optimizer wants it on the device, too
+            optimizer.state[p][moment] = tensor.to(p.device, copy=True) if whole_step else _like(tensor, p)
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], header: dict, keep: int) -> Path:

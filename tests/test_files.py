@@ -52,7 +52,7 @@ def test_the_loss_curve_and_the_overview_show_the_run(tmp_path, monkeypatch):
     import torch
 
     for name in ("real", "step-00000004", "step-00000120"):
-        pictures.write(torch.rand(3, 8, 8), tmp_path / f"samples/{name}.png")
+        pictures.write_image(torch.rand(3, 8, 8), tmp_path / f"samples/{name}.png")
     shown, read = [], matplotlib.image.imread
     monkeypatch.setattr(matplotlib.image, "imread", lambda path: shown.append(path.name) or read(path))
     train_log.overview(tmp_path, tmp_path / "overview.png", "a run")
