@@ -305,3 +305,21 @@ def test_objective_of_a_recipe():
         "loss": "v",
         **ends,
     }
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.stress)])
+def test_compiled_steps_are_those_of_eager_ones(backend, monkeypatch):
+    """Also that nothing is compiled again from step to step, while the rate, the step and the noise levels change."""
+    expected = make()
+    expected = torch.stack([expected.take_step()[0] for _ in range(4)])
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compile_module(network, backend=backend))
+    torch._dynamo.reset()
+    trainer, compiled, losses = make(compile=True), [], []
+    for _ in range(4):
+        losses.append(trainer.take_step()[0])
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert compiled[0] > 0 and len(set(compiled)) == 1
+    # AdamW's first steps follow the signs of gradients, some of which are rounding
+    torch.testing.assert_close(torch.stack(losses), expected, rtol=2e-4, atol=0)
