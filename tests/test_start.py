@@ -33,7 +33,5 @@ def test_heavy_packages_wait_until_they_are_used(start):
 
 
 def test_public_names_are_there_after_import():
-    program = (
-        "import hdit; hdit.HDiT, hdit.DiT, hdit.UViT, hdit.train.Run, hdit.diffusion.samplers.heun, hdit.flops.count"
-    )
+    names = "hdit.HDiT, hdit.DiT, hdit.UViT, hdit.train.Run, hdit.diffusion.samplers.heun, hdit.flops.count"
     subprocess.run([sys.executable, "-c", f"import hdit; {names}"], check=True)
