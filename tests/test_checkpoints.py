@@ -54,7 +54,7 @@ def trained(seed: int, steps: int):
     ema = checkpoints.Ema(network, 0.9, None)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True)
     for step in range(steps):
-        network(torch.randn(2, 3, 8, 8), torch.rand(2) + 0.1).square().sum().backward()
+        (network(torch.randn(2, 3, 8, 8), torch.rand(2) + 0.1) - 1).square().sum().backward()  # it begins at zero
         optimizer.step()
         optimizer.zero_grad()
         ema.update(step)
