@@ -47,12 +47,12 @@ class Flops:
                     f"height {self.height} and width {self.width} need --config, a published configuration"
                 )
             print(flops.main_table())
-            counts = [
-                (model, row.side, row.side, getattr(row, model)) for row in flops.rows() for model in ("dit", "hdit")
-            ]
         else:
             counts = [(self.config, *self._count())]
         if self.csv is not None:
+            if self.config is None:
+                models_ = ("dit", "hdit")
+                counts = [(name, row.side, row.side, getattr(row, name)) for row in flops.rows() for name in models_]
             with self.csv.open("w", newline="") as file:
                 csv.writer(file).writerows(long_rows(counts))
 

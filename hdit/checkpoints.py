@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .models import pretrained
 
@@ -71,7 +70,7 @@ def tensors(network: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> d
             for moment, tensor in moments.items()
         },
     }
-    return {name: _whole(tensor) for name, tensor in state.items()}
+    return {name: whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -86,7 +85,8 @@ def restore(state: dict[str, Tensor], network: nn.Module, ema: Ema, optimizer: t
         if key.startswith("optimizer."):
             name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
             p = parameters[name]
-            optimizer.state[p][moment] = _like(tensor, p) if tensor.shape == p.shape and tensor.ndim else tensor.clone()
+            whole_step = moment == "step"  # not sharded; a fused optimizer wants it on the device, too
+            optimizer.state[p][moment] = tensor.to(p.device, copy=True) if whole_step else _like(tensor, p)
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], header: dict, keep: int) -> Path:
@@ -122,18 +122,26 @@ def latest(folder: Path) -> Path | None:
     return folder / f"checkpoint-{found[-1]:08}.safetensors" if found else None
 
 
+# A DTensor is known by its methods: torch.distributed.tensor takes longer to import than all of this package.
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, where it may be sharded: every process must call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This process's part, sharing memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.to("cpu", copy=True).contiguous()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
     """``tensor`` on the device of ``other``, and sharded as it is."""
     tensor = tensor.to(other.device)
-    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements)

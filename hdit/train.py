@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from . import checkpoints, configs, data, export, pictures, sample, train_log
@@ -90,6 +89,10 @@ class Train:
     tracker: str | None = None
     """Also send the metrics to a tracker of accelerate's: tensorboard, wandb, …"""
 
+    @property
+    def folder(self) -> Path:
+        return self.output or Path("runs/train") / self.config
+
     def run(self) -> int:
         return Run(self).train()
 
@@ -113,9 +116,10 @@ class Run:
         self.trainer = Trainer(options, configuration)
         self.accelerator, self.network = self.trainer.accelerator, self.trainer.network
         self.main, self.world_size = self.accelerator.is_main_process, self.trainer.world_size
-        self.folder = options.output or Path("runs/train") / options.config
+        self.folder = options.folder
         self.model_name = pretrained.model_class(self.network.config).__name__  # sharding gives the class another name
         self.seconds, self.stopped_by = 0.0, None
+        self.saved: int | None = None  # the step of the last checkpoint; every process knows it
 
     def train(self) -> int:
         """Steps until the run is complete or is told to stop; the exit code."""
@@ -130,16 +134,20 @@ class Run:
             f" {self.world_size} x {trainer.device}"
         )
         self._resume()
-        with _signals(self):
-            if self.main and not (self.folder / "samples/real.png").exists():
-                self._save_grid(self._real(), "real")
-            self._loop()
-            # What the processes agreed on: a signal that comes from here on reaches them at different places.
-            stopped_by = None if self.trainer.step == self.recipe.steps else self.stopped_by
-            self.checkpoint()
-            if stopped_by is None:
-                self._finish()
-        self.accelerator.end_training()
+        if self.options.tracker:
+            self.accelerator.init_trackers("hdit")
+        try:
+            with _signals(self):
+                if self.main and not (self.folder / "samples/real.png").exists():
+                    self._save_grid(self._real(), "real")
+                self._loop()
+                # What the processes agreed on: a signal that comes from here on reaches them at different places.
+                stopped_by = None if self.trainer.step == self.recipe.steps else self.stopped_by
+                self.checkpoint()
+                if stopped_by is None:
+                    self._finish()
+        finally:
+            self.accelerator.end_training()  # trackers keep the last entries in memory
         if stopped_by is not None:
             name = signal.Signals(stopped_by).name
             self.say(f"stopped by {name} after {self.trainer.step} steps; the same command resumes {self.folder}")
@@ -186,8 +194,8 @@ class Run:
         """Write the metrics of the steps since the last time: the only place that waits for the device."""
         if not pending:
             return
-        losses_, norms = (torch.stack([_plain(entry[i]) for entry in pending]) for i in (0, 1))
-        losses_ = self.accelerator.reduce(losses_, "mean").tolist()
+        losses_, norms = (torch.stack([checkpoints.whole(entry[i]) for entry in pending]) for i in (0, 1))
+        losses_, norms = self.accelerator.reduce(losses_, "mean").tolist(), norms.tolist()
         first = self.trainer.step - len(pending)
         entries = [
             {
@@ -198,7 +206,7 @@ class Run:
                 "images": (first + i + 1) * self.recipe.batch_size,
                 "seconds": round(self.seconds, 3),
             }
-            for i, (loss, norm) in enumerate(zip(losses_, norms.tolist(), strict=True))
+            for i, (loss, norm) in enumerate(zip(losses_, norms, strict=True))
         ]
         if self.main:
             log.write(entries)
@@ -207,18 +215,21 @@ class Run:
             for entry in entries if self.accelerator.trackers else ():
                 self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         pending.clear()
-        if not all(map(math.isfinite, losses_)):
-            bad = next(entry["step"] for entry in entries if not math.isfinite(entry["loss"]))
-            raise FloatingPointError(
-                f"the loss of step {bad} is not finite; the last checkpoint is of step"
-                f" {(checkpoints.steps(self.folder) or ['none'])[-1]}; a smaller lr, or float32, may help"
-            )
+        for entry in entries:
+            for name, value in (("loss", entry["loss"]), ("gradient", entry["grad_norm"])):
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the {name} of step {entry['step']} is not finite; the last checkpoint is of step"
+                        f" {'none' if self.saved is None else self.saved}; a smaller lr, or float32, may help"
+                    )
 
     def checkpoint(self) -> None:
         """Write one, unless the last one is of this very step."""
-        state = checkpoints.tensors(self.network, self.trainer.ema, self.trainer.optimizer)
-        if self.main and self.trainer.step not in checkpoints.steps(self.folder):
-            checkpoints.save(self.folder, self.trainer.step, state, self._header(), self.options.keep)
+        if self.trainer.step != self.saved:
+            state = checkpoints.tensors(self.network, self.trainer.ema, self.trainer.optimizer)
+            if self.main:
+                checkpoints.save(self.folder, self.trainer.step, state, self._header(), self.options.keep)
+            self.saved = self.trainer.step
         self.accelerator.wait_for_everyone()
 
     def _header(self) -> dict:
@@ -243,7 +254,8 @@ class Run:
         for name in ("steps", "hardware", "sampler", "sampler_steps"):
             recipe.pop(name)
         return {
-            **{name: getattr(options, name) for name in ("data", "crop", "flip", "seed")},
+            "data": data_name(options.data),
+            **{name: getattr(options, name) for name in ("crop", "flip", "seed")},
             **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()},
         }
 
@@ -258,8 +270,9 @@ class Run:
             **self._settings(),
             "model": self.model_name,
             "config": self.network.config.to_dict(),
+            "resolution": list(self.trainer.resolution),
         }
-        theirs = {**header["settings"], "model": header["model"], "config": header["config"]}
+        theirs = {**header["settings"], **{name: header[name] for name in ("model", "config", "resolution")}}
         for name in ours:
             if ours[name] != theirs.get(name):
                 raise ValueError(
@@ -268,6 +281,7 @@ class Run:
                 )
         checkpoints.restore(state, self.network, self.trainer.ema, self.trainer.optimizer)
         self.trainer.step, self.seconds = int(header["step"]), header["seconds"]
+        self.saved = self.trainer.step
         self.trainer.batches.load_state_dict(header["batches"])
         if self.main:
             train_log.Log(self.folder).cut(self.trainer.step)
@@ -329,8 +343,11 @@ class Run:
             tqdm.write(f"hdit train: {sentence}", file=sys.stderr)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def data_name(source: str) -> str:
+    """What a file says of the images that a model was trained on: no folders of the machine where they lay."""
+    prefix = "hf:" if source.startswith("hf:") else ""
+    path = Path(source.removeprefix(prefix))
+    return f"{prefix}{path.name}" if path.is_absolute() or path.exists() or not prefix else source
 
 
 @contextlib.contextmanager

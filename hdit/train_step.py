@@ -14,12 +14,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from . import augmentation, configs, data, flops, models
 from .checkpoints import Ema
 from .configs import Configuration, Training
-from .diffusion import losses, schedules
+from .diffusion import losses, samplers, schedules
 from .models import pretrained
 
 NOISE, LEVELS, CLASSES, DROPOUT, WEIGHTS = range(5)  # what a random draw is for, so that no two purposes share one
@@ -110,7 +109,8 @@ class Trainer:
             if getattr(options if name == "data" else recipe, name) is None:
                 raise ValueError(f"{name} must be given: configuration {options.config!r} has none")
         for name, owner in (
-            *((name, options) for name in ("accumulation", "log_every", "checkpoint_every", "keep", "demo_count")),
+            *((name, options) for name in ("accumulation", "log_every", "checkpoint_every", "keep")),
+            *((name, options) for name in ("demo_count", "demo_steps")),
             *((name, recipe) for name in ("steps", "batch_size")),
         ):
             if getattr(owner, name) < 1:
@@ -119,6 +119,10 @@ class Trainer:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {recipe.dtype!r}")
         if not 0 <= recipe.class_dropout <= 1:
             raise ValueError(f"class_dropout must be in [0, 1], got {recipe.class_dropout}")
+        if recipe.grad_clip is not None and not recipe.grad_clip > 0:
+            raise ValueError(f"grad_clip must be positive, or None for no limit, got {recipe.grad_clip}")
+        if recipe.sampler not in (None, *samplers.SAMPLERS):
+            raise ValueError(f"sampler must be one of {', '.join(samplers.SAMPLERS)}, got {recipe.sampler!r}")
 
     def _micro_batch(self) -> int:
         parts = self.world_size * self.options.accumulation
@@ -146,6 +150,8 @@ class Trainer:
             config = pretrained.build(header, options.model).config
         if config.num_classes not in (0, classes):
             raise ValueError(f"model {options.model} has num_classes {config.num_classes}; the images have {classes}")
+        if options.demo_guidance != 1 and not config.num_classes:
+            raise ValueError(f"demo_guidance must be 1 for a model without classes, got {options.demo_guidance}")
         if (config.in_channels, config.mapping_cond_dim) != (3, 0):
             raise ValueError(
                 f"configuration {options.config!r} has in_channels {config.in_channels} and mapping_cond_dim"
@@ -158,12 +164,28 @@ class Trainer:
         if self.options.compile:
             self.network.compile()
         if self.options.fsdp and self.world_size > 1:
-            lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
-            for layer in (child for children in lists for child in children if not isinstance(child, nn.ModuleList)):
-                fully_shard(layer)
-            return fully_shard(self.network)
+            return self._sharded()
         # evaluation_mode only says «do not wrap in DDP»: there is nobody to share gradients with
         return self.accelerator.prepare_model(self.network, evaluation_mode=self.world_size == 1)
+
+    def _sharded(self) -> nn.Module:
+        """The layers gather their parameters one by one, in the precision in which autocast would use them.
+
+        Parameters, and with them their average and the optimizer's moments, are sharded in float32, and gradients are
+        added up in it. Inputs of the layers are autocast's business. What belongs to no layer (the embeddings, with
+        the noise level's, and the projections from and to pixels) is gathered in float32.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if self.recipe.dtype == "bfloat16":
+            policy = dataclasses.replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
+        for layer in (child for children in lists for child in children if not isinstance(child, nn.ModuleList)):
+            fully_shard(layer, mp_policy=policy)
+        # By default the outermost parameters would stay gathered after a grid of samples: the next step would see the
+        # average instead of the weights.
+        return fully_shard(self.network, reshard_after_forward=True)
 
     def take_step(self) -> tuple[Tensor, Tensor, float]:
         """This process's share of the loss, the norm of the gradient, and the rate relative to the recipe's."""
@@ -231,7 +253,22 @@ def _accelerator(options, dtype: str):
     except ModuleNotFoundError:
         raise ModuleNotFoundError("hdit train needs accelerate: pip install 'hdit[train]'") from None
 
-    accelerator = Accelerator(cpu=options.cpu, mixed_precision=DTYPES[dtype], log_with=options.tracker)
-    if options.tracker:
-        accelerator.init_trackers("hdit")
-    return accelerator
+    if options.tracker is not None:
+        _check_tracker(options.tracker)
+    return Accelerator(
+        cpu=options.cpu, mixed_precision=DTYPES[dtype], log_with=options.tracker, project_dir=options.folder
+    )
+
+
+def _check_tracker(name: str) -> None:
+    """accelerate itself only warns of a tracker whose package is missing, and then logs nothing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    missing = {str(kind) for kind in LoggerType} - {str(kind) for kind in get_available_trackers()}
+    present = [kind for kind in LOGGER_TYPE_TO_CLASS if kind not in missing]
+    if name not in present:
+        raise ValueError(
+            f"tracker is {name!r}; it must be one of {', '.join(LOGGER_TYPE_TO_CLASS)}, and its package installed"
+            f" (here: {', '.join(present) or 'none'})"
+        )
