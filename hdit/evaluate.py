@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import evaluate_images, evaluate_metrics, evaluate_plots, flops
-from .evaluate_features import Extractor, TorchFidelity, extractor
+from .evaluate_features import Extractor, LowPass, TorchFidelity, extractor
 from .evaluate_spectrum import Spectrum, compare_spectra
 from .files import replacing
 
@@ -145,6 +145,9 @@ class Evaluate:
     resize: int | None = None
     """Longer side of what the extractor sees: pixels (16 unless given; smaller ones see global structure alone) and
     TorchScript files (not resized unless given)."""
+    low_pass: int | None = None
+    """Give every extractor the images without their details, too: reduced to this longer side and enlarged again. Tells
+    when global structure is learned."""
     weights: Path | None = None
     """Inception's weights for torch-fidelity, in place of its download."""
     metrics: tuple[Literal["frechet", "kid", "precision", "inception-score", "spectrum"], ...] = (
@@ -158,8 +161,8 @@ class Evaluate:
     """Of checkpoints; what they name unless given."""
     steps: int | None = None
     """Of the sampler, as above."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance for checkpoints with classes; none unless given."""
+    guidance: tuple[float, ...] = ()
+    """Scales of classifier-free guidance: checkpoints, which must have classes, are sampled with each."""
     device: str = "cpu"
     """Where networks run: cpu, cuda, cuda:1."""
     seed: int = 0
@@ -167,11 +170,12 @@ class Evaluate:
     output: Path = Path("runs/evaluate.json")
     """The JSON file to write: a list of objects, one for each samples and extractor."""
     plot: Path | None = None
-    """Also draw spectra, and distances against the number in the samples' names, into this image file."""
+    """Also draw into this image file: spectra; and Fréchet distances against the training step of the checkpoints (a
+    folder has one if its name ends in step-NUMBER) and against guidance, where there are several."""
 
     def check(self):
         """Raises ValueError, one sentence, for fields that cannot be used."""
-        for name, least in (("count", 6), ("real_count", 6), ("patch_size", 2), ("steps", 1)):
+        for name, least in (("count", 6), ("real_count", 6), ("patch_size", 2), ("steps", 1), ("low_pass", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -192,20 +196,23 @@ class Evaluate:
     def run(self):
         """Measure, print the tables, write the JSON and the plot."""
         self.check()
-        options = {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
+        options = {"sampler": self.sampler, "steps": self.steps}
         options = {key: value for key, value in options.items() if value is not None}
         samples = evaluate_images.open_samples(
-            self.samples, self.real, self.resolution, self.count, self.seed, self.device, options
+            self.samples, self.real, self.resolution, self.count, self.seed, self.device, options, self.guidance
         )
         real = evaluate_images.open_real(self.real, samples[0].size, self.real_count, self.seed)
         extractors = [self._extractor(name) for name in self.extractor if self.metrics != ("spectrum",)]
+        if self.low_pass is not None:
+            extractors = [each for own in extractors for each in (own, LowPass(own, self.low_pass))]
         reference = self._reference(real, extractors)
         rows, spectra = [], {}
         for source in samples:
-            found = collect(source.name, source.batches(), extractors, self.metrics, getattr(source, "count", None))
+            found = collect(source.name, source.batches(), extractors, self.metrics, source.count)
             found.unreadable = source.unreadable
             compared = compare(reference, found, self.metrics, self.patch_size, self.device)
-            rows += [{**row, "resolution": list(source.size), "seed": self.seed} for row in compared]
+            facts = {"step": source.step, "guidance": source.guidance}
+            rows += [{**row, **facts, "resolution": list(source.size), "seed": self.seed} for row in compared]
             if found.spectrum is not None:
                 spectra[source.name] = found.spectrum
         print(tables(rows))
@@ -227,17 +234,19 @@ class Evaluate:
         weights = self.weights if alone or name == "inception" else None
         return extractor(name, resize=resize, weights=weights, seed=self.seed, device=self.device)
 
-    def _reference(self, real, extractors: list[Extractor]) -> Collected:
+    def _reference(self, real: evaluate_images.Source, extractors: list[Extractor]) -> Collected:
         """The real images, measured; of an .npz with statistics those are the moments."""
-        statistics = getattr(real, "has_statistics", False)
-        if statistics and self.extractor != ("inception",):
-            raise ValueError(f"real {self.real!r} has statistics of Inception; extractor must be inception alone")
+        statistics = real.has_statistics
+        if statistics and (self.extractor != ("inception",) or self.low_pass is not None):
+            raise ValueError(
+                f"real {self.real!r} has statistics of Inception; extractor must be inception alone, without low_pass"
+            )
         if statistics and not real.count:
             if self.metrics != ("frechet",):
                 raise ValueError(f"real {self.real!r} has statistics and no images; metrics must be frechet alone")
             found = Collected(real.name, features=[Features(extractors[0])])
         else:
-            found = collect(real.name, real.batches(), extractors, self.metrics, getattr(real, "count", None))
+            found = collect(real.name, real.batches(), extractors, self.metrics, real.count)
             found.unreadable = real.unreadable
         if statistics and found.features:
             found.features[0].statistics = real.statistics()

@@ -153,6 +153,26 @@ class External(Extractor):
         return found[:, None]
 
 
+class LowPass(Extractor):
+    """Another extractor's features of images without their details: reduced so that the longer side is ``side``, and
+    enlarged again, both bicubic. What is left is global structure, at the resolution that the extractor expects."""
+
+    def __init__(self, of: Extractor, side: int):
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            raise ValueError(f"low_pass must be a positive integer, got {side!r}")
+        self.of, self.side, self.version, self.per_image = of, side, of.version, of.per_image
+        self.name = f"{of.name}, low-pass {side}"
+        self.resize = f"bicubic, antialiased, longer side {side}, and back; then {of.resize}"
+
+    def __call__(self, images, first):
+        size = images.shape[2:]
+        if self.side >= max(size):
+            raise ValueError(f"low_pass must be smaller than images of {size[0]}×{size[1]} pixels, got {self.side}")
+        small = reduced(images, self.side).double()
+        smooth = F.interpolate(small, size, mode="bicubic", align_corners=False)
+        return self.of(smooth.clamp(-1, 1).to(images.dtype), first)
+
+
 def extractor(
     name: str | Callable, *, resize: int | None = None, weights: Path | None = None, seed: int = 0, device: str = "cpu"
 ) -> Extractor:
