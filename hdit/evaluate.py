@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import evaluate_images, evaluate_metrics, evaluate_plots, flops
-from .evaluate_features import Extractor, LowPass, TorchFidelity, extractor
+from .evaluate_features import Clip, Extractor, LowPass, TorchFidelity, extractor
 from .evaluate_spectrum import Spectrum, compare_spectra
 from .files import replacing
 
-METRICS = ("frechet", "kid", "precision", "inception-score", "spectrum")
+METRICS = ("frechet", "kid", "precision", "inception-score", "clip-score", "spectrum")
 MOST_ROWS = 10_000  # of features for KID and precision, whose cost is their square
 
 
@@ -54,6 +54,7 @@ class Collected:
     unreadable: int = 0
     features: list[Features] = field(default_factory=list)
     spectrum: Spectrum | None = None
+    captions: list[str] | None = None  # of every image
 
 
 def collect(
@@ -66,7 +67,7 @@ def collect(
     """
     found = Collected(name, features=[Features(each) for each in extractors])
     found.spectrum = Spectrum() if "spectrum" in metrics else None
-    keep = {"kid", "precision"} & set(metrics)
+    keep = {"kid", "precision", "clip-score"} & set(metrics)
     with tqdm(total=total, desc=name, unit="image", disable=None, leave=False) as bar:
         for images in batches:
             if not images.isfinite().all():
@@ -91,8 +92,9 @@ def compare(real: Collected, samples: Collected, metrics=METRICS, patch_size: in
 
     Keys: samples, images, unreadable, real, real_images, real_unreadable, extractor, version, resize, and of the
     metrics that were asked for frechet_distance, kid, kid_standard_error, precision, recall, density, coverage,
-    rows, real_rows (images of which KID and precision were taken), inception_score, inception_score_deviation; or
-    high_frequency_ratio, slope, slope_real, grid_peak, grid_peak_real, patch_size.
+    rows, real_rows (images of which KID and precision were taken), inception_score, inception_score_deviation,
+    clip_score, clip_score_standard_error; or high_frequency_ratio, slope, slope_real, grid_peak, grid_peak_real,
+    patch_size.
     """
     counts = {"samples": samples.name, "images": samples.images, "unreadable": samples.unreadable}
     counts |= {"real": real.name, "real_images": real.images, "real_unreadable": real.unreadable}
@@ -115,6 +117,11 @@ def compare(real: Collected, samples: Collected, metrics=METRICS, patch_size: in
         if "inception-score" in metrics and own.probabilities:
             score = evaluate_metrics.inception_score(torch.cat(own.probabilities))
             row["inception_score"], row["inception_score_deviation"] = score
+        if "clip-score" in metrics and isinstance(own.extractor, Clip) and samples.captions:
+            texts = own.extractor.captions(samples.captions)
+            row["clip_score"], row["clip_score_standard_error"] = evaluate_metrics.clip_score(
+                torch.cat(own.rows), texts
+            )
         rows.append(row)
     if real.spectrum is not None and samples.spectrum is not None:
         found = compare_spectra(real.spectrum, samples.spectrum, patch_size)
@@ -141,7 +148,8 @@ class Evaluate:
     """Height and width in pixels; those of the samples unless given."""
     extractor: tuple[str, ...] = ("pixels", "patches")
     """Feature extractors: pixels (reduced images), patches (8×8 pixels at full resolution), inception and dinov2 (of
-    torch-fidelity: pip install 'hdit[evaluate]'), or a TorchScript file: (B, 3, H, W) in [-1, 1] to (B, d)."""
+    torch-fidelity: pip install 'hdit[evaluate]'), clip or clip:MODEL (of transformers), or a TorchScript file:
+    (B, 3, H, W) in [-1, 1] to (B, d)."""
     resize: int | None = None
     """Longer side of what the extractor sees: pixels (16 unless given; smaller ones see global structure alone) and
     TorchScript files (not resized unless given)."""
@@ -150,11 +158,14 @@ class Evaluate:
     when global structure is learned."""
     weights: Path | None = None
     """Inception's weights for torch-fidelity, in place of its download."""
-    metrics: tuple[Literal["frechet", "kid", "precision", "inception-score", "spectrum"], ...] = (
+    metrics: tuple[Literal["frechet", "kid", "precision", "inception-score", "clip-score", "spectrum"], ...] = (
         "frechet", "kid", "precision", "spectrum",
     )  # fmt: skip
     """precision is precision, recall, density and coverage; spectrum is energy by frequency and the patch grid's peak;
-    inception-score is for the extractor inception."""
+    inception-score is for the extractor inception, clip-score for clip and samples with captions: NAME.txt beside each
+    NAME.png, or a checkpoint with names of its classes."""
+    caption: str = "{}"
+    """What clip-score compares images with; {} stands for the caption or the name of the class."""
     patch_size: int = 4
     """Pixels of the grid whose peak is looked for."""
     sampler: str | None = None
@@ -186,6 +197,10 @@ class Evaluate:
             raise ValueError(f"resolution must be positive, got {self.resolution}")
         if "inception-score" in self.metrics and "inception" not in self.extractor:
             raise ValueError(f"metrics inception-score needs the extractor inception, got {', '.join(self.extractor)}")
+        if "clip-score" in self.metrics and not any(name.split(":")[0] == "clip" for name in self.extractor):
+            raise ValueError(f"metrics clip-score needs the extractor clip, got {', '.join(self.extractor)}")
+        if "{}" not in self.caption:
+            raise ValueError(f"caption must have {{}} where the caption of an image goes, got {self.caption!r}")
         if self.plot is not None and not self.plot.parent.is_dir():
             raise ValueError(f"plot {self.plot} lies in no existing folder")
         if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -201,6 +216,9 @@ class Evaluate:
         samples = evaluate_images.open_samples(
             self.samples, self.real, self.resolution, self.count, self.seed, self.device, options, self.guidance
         )
+        silent = [source.name for source in samples if source.captions is None]
+        if "clip-score" in self.metrics and silent:
+            raise ValueError(f"metrics clip-score needs captions, and samples {silent[0]!r} have none")
         real = evaluate_images.open_real(self.real, samples[0].size, self.real_count, self.seed)
         extractors = [self._extractor(name) for name in self.extractor if self.metrics != ("spectrum",)]
         if self.low_pass is not None:
@@ -210,6 +228,7 @@ class Evaluate:
         for source in samples:
             found = collect(source.name, source.batches(), extractors, self.metrics, source.count)
             found.unreadable = source.unreadable
+            found.captions = source.captions and [self.caption.replace("{}", text) for text in source.captions]
             compared = compare(reference, found, self.metrics, self.patch_size, self.device)
             facts = {"step": source.step, "guidance": source.guidance}
             rows += [{**row, **facts, "resolution": list(source.size), "seed": self.seed} for row in compared]
@@ -255,7 +274,7 @@ class Evaluate:
 
 COLUMNS = {
     "frechet_distance": "Fréchet", "kid": "KID", "precision": "precision", "recall": "recall", "density": "density",
-    "coverage": "coverage", "inception_score": "IS",
+    "coverage": "coverage", "inception_score": "IS", "clip_score": "CLIP",
 }  # fmt: skip
 SPECTRUM_COLUMNS = {
     "high_frequency_ratio": "energy > Nyquist/2, of real", "slope": "slope", "slope_real": "of real",
@@ -289,6 +308,10 @@ def cell(row: dict, key: str) -> str:
     value = row.get(key)
     if value is None:
         return "-"
-    error = {"kid": "kid_standard_error", "inception_score": "inception_score_deviation"}.get(key)
+    error = {
+        "kid": "kid_standard_error",
+        "inception_score": "inception_score_deviation",
+        "clip_score": "clip_score_standard_error",
+    }.get(key)
     text = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return text if error is None else f"{text} ± {row[error]:.2g}"

@@ -1,5 +1,6 @@
 """Where the images of an evaluation come from, in batches: data sets, .npz files, checkpoints, noise."""
 
+import itertools
 import re
 import warnings
 import zipfile
@@ -30,6 +31,7 @@ class Source:
     name; size: (height, width) in pixels; count: of its images, None where they have not been counted; unreadable: how
     many were left out. step: of the training, and guidance: scale that they were made with, where that is known.
     has_statistics: whether ``statistics()`` gives a mean and covariance of Inception features.
+    captions: of the images, in their order, None without.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Source:
     step: int | None = None
     guidance: float | None = None
     has_statistics = False
+    captions: list[str] | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """The images, from the first on."""
@@ -56,10 +59,12 @@ class DataSet(Source):
         self.images, self.name, self.size = images, images.name, (images.height, images.width)
         self.order = np.random.default_rng(seed).permutation(len(images))[:: -1 if backwards else 1][:count]
         self.count = len(self.order)
+        self.captions = None if getattr(images, "captions", None) is None else []
 
     def batches(self):
-        """Raises UnreadableImage where none can be read."""
+        """Raises UnreadableImage where none can be read. ``captions`` becomes those of the images so far."""
         self.unreadable = 0
+        self.captions = None if self.captions is None else []
         for start in range(0, len(self.order), BATCH):
             batch = []
             for index in self.order[start : start + BATCH].tolist():
@@ -68,6 +73,9 @@ class DataSet(Source):
                 except data.UnreadableImage as error:
                     self.unreadable += 1
                     warnings.warn(f"left out: {error}", stacklevel=2)
+                    continue
+                if self.captions is not None:
+                    self.captions.append(self.images.captions[index])
             if batch:
                 yield rounded(torch.stack(batch))
         if self.unreadable == len(self.order):
@@ -75,7 +83,10 @@ class DataSet(Source):
 
 
 class Samples(Folder):
-    """A folder of generated images, which are not resized: all of one size, or it is an error."""
+    """A folder of generated images, which are not resized: all of one size, or it is an error.
+
+    captions: of each file, where all have one in a text file of the same name beside it.
+    """
 
     def __init__(self, name: str):
         super().__init__(name, 1, 1, "center", False)
@@ -86,6 +97,8 @@ class Samples(Folder):
                 break
             except (OSError, SyntaxError, ValueError):  # named when it is read
                 continue
+        texts = [(Path(name) / file).with_suffix(".txt") for file in self.files]
+        self.captions = [text.read_text().strip() for text in texts] if all(map(Path.is_file, texts)) else None
 
     def example(self, index, generator=None):
         image = self.read(index)
@@ -178,6 +191,9 @@ class Checkpoint(Source):
         sample.stream(model, **self.options)  # refuses what cannot be, and makes nothing yet
         self.size, self.step = tuple(self.options["resolution"]), facts.get("step")
         self.guidance = self.options["guidance"] if model.config.num_classes else None
+        names, classes = facts.get("class_names"), self.options["classes"]
+        if names and classes:
+            self.captions = [names[number] for number in itertools.islice(itertools.cycle(classes), count)]
 
     def _load(self) -> pretrained.Pretrained:
         training = pretrained.read_header(self.path).get("format") == pretrained.TRAINING_FORMAT

@@ -280,6 +280,8 @@ def test_statistics_of_inception(tmp_path, monkeypatch):
         ({"low_pass": 24}, "low_pass must be smaller than images of 16×24 pixels, got 24"),
         ({"count": 5}, "count must be at least 6, got 5"),
         ({"metrics": ("inception-score",)}, "inception-score needs the extractor inception, got pixels, patches"),
+        ({"metrics": ("clip-score",)}, "clip-score needs the extractor clip, got pixels, patches"),
+        ({"caption": "a photo"}, "caption must have {} where the caption of an image goes, got 'a photo'"),
         ({"metrics": ()}, "metrics must name at least one"),
         ({"resolution": (16, 0)}, r"resolution must be positive, got \(16, 0\)"),
         ({"resolution": (8, 8)}, "samples .*own' have 16×24 pixels; the resolution is 8×8"),

@@ -191,11 +191,12 @@ def test_torch_fidelity_is_given_8_bits(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
+        ("clip:x", {"resize": 8}, "resize 8 is for pixels and external extractors; clip:x resizes by itself"),
         ("patches", {"resize": 8}, "resize 8 is for pixels and external extractors; patches works at"),
         ("pixels", {"resize": 0}, "resize must be a positive integer, got 0"),
         ("pixels", {"weights": evaluate.Path("x")}, "weights 'x' are for the extractor inception, got 'pixels'"),
         ("inception", {"weights": evaluate.Path("absent")}, "weights 'absent' is not a file"),
-        ("vgg", {}, "extractor 'vgg' is unknown; accepted are pixels, patches, inception, dinov2 or a TorchScript"),
+        ("vgg", {}, "extractor 'vgg' is unknown; accepted are pixels, patches, inception, dinov2, clip or a Torch"),
     ],
 )
 def test_bad_arguments_are_named(name, options, words):
