@@ -29,7 +29,7 @@ def draw(real: Spectrum | None, samples: dict[str, Spectrum], rows: list[dict], 
     for axes, panel in zip(grid[0], panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         panel(axes)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8.5)
     if curves:
         figure.supxlabel("\n".join(described(rows)), x=0.02, ha="left", fontsize=8.5, color="0.3")
     figure.savefig(path, dpi=150, format=form)
