@@ -76,7 +76,7 @@ class Spectrum:
 
         Neighbours lie two to four frequency steps away (the window spreads a wave over one), along the axis where the
         multiple is on one: there photographs have more power than beside it. All means are geometric, over images too,
-        or the few with most contrast would decide: of n photographs it is uncertain by about 1 / √n, by 2 / √n else.
+        or the few with most contrast would decide: of n photographs it is uncertain by about 1 / √n.
         """
         self.power()  # refuses a spectrum of nothing
         logarithms = (self.logarithms / self.count).cpu()
