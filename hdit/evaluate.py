@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import evaluate_images, evaluate_metrics, evaluate_plots, flops
-from .evaluate_features import Extractor, TorchFidelity, extractor
+from .evaluate_features import Clip, Extractor, LowPass, TorchFidelity, extractor
 from .evaluate_spectrum import Spectrum, compare_spectra
 from .files import replacing
 
-METRICS = ("frechet", "kid", "precision", "inception-score", "spectrum")
+METRICS = ("frechet", "kid", "precision", "inception-score", "clip-score", "spectrum")
 MOST_ROWS = 10_000  # of features for KID and precision, whose cost is their square
 
 
@@ -54,6 +54,7 @@ class Collected:
     unreadable: int = 0
     features: list[Features] = field(default_factory=list)
     spectrum: Spectrum | None = None
+    captions: list[str] | None = None  # of every image
 
 
 def collect(
@@ -66,7 +67,7 @@ def collect(
     """
     found = Collected(name, features=[Features(each) for each in extractors])
     found.spectrum = Spectrum() if "spectrum" in metrics else None
-    keep = {"kid", "precision"} & set(metrics)
+    keep = {"kid", "precision", "clip-score"} & set(metrics)
     with tqdm(total=total, desc=name, unit="image", disable=None, leave=False) as bar:
         for images in batches:
             if not images.isfinite().all():
@@ -91,8 +92,9 @@ def compare(real: Collected, samples: Collected, metrics=METRICS, patch_size: in
 
     Keys: samples, images, unreadable, real, real_images, real_unreadable, extractor, version, resize, and of the
     metrics that were asked for frechet_distance, kid, kid_standard_error, precision, recall, density, coverage,
-    rows, real_rows (images of which KID and precision were taken), inception_score, inception_score_deviation; or
-    high_frequency_ratio, slope, slope_real, grid_peak, grid_peak_real, patch_size.
+    rows, real_rows (images of which KID and precision were taken), inception_score, inception_score_deviation,
+    clip_score, clip_score_standard_error; or high_frequency_ratio, slope, slope_real, grid_peak, grid_peak_real,
+    patch_size.
     """
     counts = {"samples": samples.name, "images": samples.images, "unreadable": samples.unreadable}
     counts |= {"real": real.name, "real_images": real.images, "real_unreadable": real.unreadable}
@@ -115,6 +117,11 @@ def compare(real: Collected, samples: Collected, metrics=METRICS, patch_size: in
         if "inception-score" in metrics and own.probabilities:
             score = evaluate_metrics.inception_score(torch.cat(own.probabilities))
             row["inception_score"], row["inception_score_deviation"] = score
+        if "clip-score" in metrics and isinstance(own.extractor, Clip) and samples.captions:
+            texts = own.extractor.captions(samples.captions)
+            row["clip_score"], row["clip_score_standard_error"] = evaluate_metrics.clip_score(
+                torch.cat(own.rows), texts
+            )
         rows.append(row)
     if real.spectrum is not None and samples.spectrum is not None:
         found = compare_spectra(real.spectrum, samples.spectrum, patch_size)
@@ -141,25 +148,32 @@ class Evaluate:
     """Height and width in pixels; those of the samples unless given."""
     extractor: tuple[str, ...] = ("pixels", "patches")
     """Feature extractors: pixels (reduced images), patches (8×8 pixels at full resolution), inception and dinov2 (of
-    torch-fidelity: pip install 'hdit[evaluate]'), or a TorchScript file: (B, 3, H, W) in [-1, 1] to (B, d)."""
+    torch-fidelity: pip install 'hdit[evaluate]'), clip or clip:MODEL (of transformers), or a TorchScript file:
+    (B, 3, H, W) in [-1, 1] to (B, d)."""
     resize: int | None = None
     """Longer side of what the extractor sees: pixels (16 unless given; smaller ones see global structure alone) and
     TorchScript files (not resized unless given)."""
+    low_pass: int | None = None
+    """Give every extractor the images without their details, too: reduced to this longer side and enlarged again. Tells
+    when global structure is learned."""
     weights: Path | None = None
     """Inception's weights for torch-fidelity, in place of its download."""
-    metrics: tuple[Literal["frechet", "kid", "precision", "inception-score", "spectrum"], ...] = (
+    metrics: tuple[Literal["frechet", "kid", "precision", "inception-score", "clip-score", "spectrum"], ...] = (
         "frechet", "kid", "precision", "spectrum",
     )  # fmt: skip
     """precision is precision, recall, density and coverage; spectrum is energy by frequency and the patch grid's peak;
-    inception-score is for the extractor inception."""
+    inception-score is for the extractor inception, clip-score for clip and samples with captions: NAME.txt beside each
+    NAME.png, or a checkpoint with names of its classes."""
+    caption: str = "{}"
+    """What clip-score compares images with; {} stands for the caption or the name of the class."""
     patch_size: int = 4
     """Pixels of the grid whose peak is looked for."""
     sampler: str | None = None
     """Of checkpoints; what they name unless given."""
     steps: int | None = None
     """Of the sampler, as above."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance for checkpoints with classes; none unless given."""
+    guidance: tuple[float, ...] = ()
+    """Scales of classifier-free guidance: checkpoints, which must have classes, are sampled with each."""
     device: str = "cpu"
     """Where networks run: cpu, cuda, cuda:1."""
     seed: int = 0
@@ -167,11 +181,12 @@ class Evaluate:
     output: Path = Path("runs/evaluate.json")
     """The JSON file to write: a list of objects, one for each samples and extractor."""
     plot: Path | None = None
-    """Also draw spectra, and distances against the number in the samples' names, into this image file."""
+    """Also draw into this image file: spectra; and Fréchet distances against the training step of the checkpoints (a
+    folder has one if its name ends in step-NUMBER) and against guidance, where there are several."""
 
     def check(self):
         """Raises ValueError, one sentence, for fields that cannot be used."""
-        for name, least in (("count", 6), ("real_count", 6), ("patch_size", 2), ("steps", 1)):
+        for name, least in (("count", 6), ("real_count", 6), ("patch_size", 2), ("steps", 1), ("low_pass", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -182,6 +197,10 @@ class Evaluate:
             raise ValueError(f"resolution must be positive, got {self.resolution}")
         if "inception-score" in self.metrics and "inception" not in self.extractor:
             raise ValueError(f"metrics inception-score needs the extractor inception, got {', '.join(self.extractor)}")
+        if "clip-score" in self.metrics and not any(name.split(":")[0] == "clip" for name in self.extractor):
+            raise ValueError(f"metrics clip-score needs the extractor clip, got {', '.join(self.extractor)}")
+        if "{}" not in self.caption:
+            raise ValueError(f"caption must have {{}} where the caption of an image goes, got {self.caption!r}")
         if self.plot is not None and not self.plot.parent.is_dir():
             raise ValueError(f"plot {self.plot} lies in no existing folder")
         if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -192,20 +211,27 @@ class Evaluate:
     def run(self):
         """Measure, print the tables, write the JSON and the plot."""
         self.check()
-        options = {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance}
+        options = {"sampler": self.sampler, "steps": self.steps}
         options = {key: value for key, value in options.items() if value is not None}
         samples = evaluate_images.open_samples(
-            self.samples, self.real, self.resolution, self.count, self.seed, self.device, options
+            self.samples, self.real, self.resolution, self.count, self.seed, self.device, options, self.guidance
         )
+        silent = [source.name for source in samples if source.captions is None]
+        if "clip-score" in self.metrics and silent:
+            raise ValueError(f"metrics clip-score needs captions, and samples {silent[0]!r} have none")
         real = evaluate_images.open_real(self.real, samples[0].size, self.real_count, self.seed)
         extractors = [self._extractor(name) for name in self.extractor if self.metrics != ("spectrum",)]
+        if self.low_pass is not None:
+            extractors = [each for own in extractors for each in (own, LowPass(own, self.low_pass))]
         reference = self._reference(real, extractors)
         rows, spectra = [], {}
         for source in samples:
-            found = collect(source.name, source.batches(), extractors, self.metrics, getattr(source, "count", None))
+            found = collect(source.name, source.batches(), extractors, self.metrics, source.count)
             found.unreadable = source.unreadable
+            found.captions = source.captions and [self.caption.replace("{}", text) for text in source.captions]
             compared = compare(reference, found, self.metrics, self.patch_size, self.device)
-            rows += [{**row, "resolution": list(source.size), "seed": self.seed} for row in compared]
+            facts = {"step": source.step, "guidance": source.guidance}
+            rows += [{**row, **facts, "resolution": list(source.size), "seed": self.seed} for row in compared]
             if found.spectrum is not None:
                 spectra[source.name] = found.spectrum
         print(tables(rows))
@@ -227,17 +253,19 @@ class Evaluate:
         weights = self.weights if alone or name == "inception" else None
         return extractor(name, resize=resize, weights=weights, seed=self.seed, device=self.device)
 
-    def _reference(self, real, extractors: list[Extractor]) -> Collected:
+    def _reference(self, real: evaluate_images.Source, extractors: list[Extractor]) -> Collected:
         """The real images, measured; of an .npz with statistics those are the moments."""
-        statistics = getattr(real, "has_statistics", False)
-        if statistics and self.extractor != ("inception",):
-            raise ValueError(f"real {self.real!r} has statistics of Inception; extractor must be inception alone")
+        statistics = real.has_statistics
+        if statistics and (self.extractor != ("inception",) or self.low_pass is not None):
+            raise ValueError(
+                f"real {self.real!r} has statistics of Inception; extractor must be inception alone, without low_pass"
+            )
         if statistics and not real.count:
             if self.metrics != ("frechet",):
                 raise ValueError(f"real {self.real!r} has statistics and no images; metrics must be frechet alone")
             found = Collected(real.name, features=[Features(extractors[0])])
         else:
-            found = collect(real.name, real.batches(), extractors, self.metrics, getattr(real, "count", None))
+            found = collect(real.name, real.batches(), extractors, self.metrics, real.count)
             found.unreadable = real.unreadable
         if statistics and found.features:
             found.features[0].statistics = real.statistics()
@@ -246,7 +274,7 @@ class Evaluate:
 
 COLUMNS = {
     "frechet_distance": "Fréchet", "kid": "KID", "precision": "precision", "recall": "recall", "density": "density",
-    "coverage": "coverage", "inception_score": "IS",
+    "coverage": "coverage", "inception_score": "IS", "clip_score": "CLIP",
 }  # fmt: skip
 SPECTRUM_COLUMNS = {
     "high_frequency_ratio": "energy > Nyquist/2, of real", "slope": "slope", "slope_real": "of real",
@@ -280,6 +308,10 @@ def cell(row: dict, key: str) -> str:
     value = row.get(key)
     if value is None:
         return "-"
-    error = {"kid": "kid_standard_error", "inception_score": "inception_score_deviation"}.get(key)
+    error = {
+        "kid": "kid_standard_error",
+        "inception_score": "inception_score_deviation",
+        "clip_score": "clip_score_standard_error",
+    }.get(key)
     text = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return text if error is None else f"{text} ± {row[error]:.2g}"

@@ -1,7 +1,7 @@
 """Feature extractors: images (B, 3, H, W) float32 in [-1, 1] with 8-bit levels -> features to take distances of.
 
 ``pixels`` and ``patches`` need no weights, so anybody gets the same numbers; ``inception`` and ``dinov2`` are those of
-torch-fidelity, for comparison with papers; any TorchScript file or callable is one, too.
+torch-fidelity, for comparison with papers; ``clip`` knows captions, too; any TorchScript file or callable is one.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BUNDLED = ("pixels", "patches", "inception", "dinov2")
+BUNDLED = ("pixels", "patches", "inception", "dinov2", "clip")
 
 
 class Extractor:
@@ -125,6 +125,50 @@ class TorchFidelity(Extractor):
         return features[:, None]
 
 
+class Clip(Extractor):
+    """Embeddings of CLIP (Radford et al. 2021, arXiv 2103.00020) by Hugging Face's transformers, and of captions.
+
+    model: a name on the hub, or a folder with the model and its tokenizer.
+    """
+
+    MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, model: str = "openai/clip-vit-large-patch14", device: str = "cpu"):
+        if importlib.util.find_spec("transformers") is None:
+            raise ModuleNotFoundError("extractor 'clip' needs the package transformers: pip install transformers")
+        from transformers import AutoTokenizer, CLIPModel
+
+        self.name, self.device = f"clip:{model}", device
+        self.network = CLIPModel.from_pretrained(model).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.side = self.network.config.vision_config.image_size
+        self.resize = f"bicubic, antialiased, shorter side {self.side}, and its centre"
+        version = importlib.metadata.version("transformers")
+        self.version = f"transformers {version}, weights sha256 {hash_of_parameters(self.network)}"
+
+    @torch.no_grad()
+    def __call__(self, images, first):
+        images = reduced(images, round(self.side * max(images.shape[2:]) / min(images.shape[2:]))).clamp(-1, 1)
+        top, left = ((length - self.side) // 2 for length in images.shape[2:])
+        images = images[:, :, top : top + self.side, left : left + self.side]
+        mean, deviation = (torch.tensor(value)[:, None, None] for value in (self.MEAN, self.DEVIATION))
+        pixels = ((images + 1) / 2 - mean) / deviation
+        found = self.network.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+        return self.network.visual_projection(found)[:, None]
+
+    @torch.no_grad()
+    def captions(self, captions: list[str]) -> Tensor:
+        """Embeddings (n, d) of captions, each cut after as many tokens as CLIP takes."""
+        found = []
+        for start in range(0, len(captions), 256):
+            tokens = self.tokenizer(
+                captions[start : start + 256], padding=True, truncation=True, return_tensors="pt"
+            ).to(self.device)
+            hidden = self.network.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            found.append(self.network.text_projection(hidden.pooler_output))
+        return torch.cat(found).cpu()
+
+
 class External(Extractor):
     """A TorchScript file, or any callable: (B, 3, H, W) float32 in [-1, 1] -> (B, d)."""
 
@@ -153,17 +197,37 @@ class External(Extractor):
         return found[:, None]
 
 
+class LowPass(Extractor):
+    """Another extractor's features of images without their details: reduced so that the longer side is ``side``, and
+    enlarged again, both bicubic. What is left is global structure, at the resolution that the extractor expects."""
+
+    def __init__(self, of: Extractor, side: int):
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            raise ValueError(f"low_pass must be a positive integer, got {side!r}")
+        self.of, self.side, self.version, self.per_image = of, side, of.version, of.per_image
+        self.name = f"{of.name}, low-pass {side}"
+        self.resize = f"bicubic, antialiased, longer side {side}, and back; then {of.resize}"
+
+    def __call__(self, images, first):
+        size = images.shape[2:]
+        if self.side >= max(size):
+            raise ValueError(f"low_pass must be smaller than images of {size[0]}×{size[1]} pixels, got {self.side}")
+        small = reduced(images, self.side).double()
+        smooth = F.interpolate(small, size, mode="bicubic", align_corners=False)
+        return self.of(smooth.clamp(-1, 1).to(images.dtype), first)
+
+
 def extractor(
     name: str | Callable, *, resize: int | None = None, weights: Path | None = None, seed: int = 0, device: str = "cpu"
 ) -> Extractor:
-    """The extractor called ``name``: one of ``BUNDLED``, the path of a TorchScript file, or a callable.
+    """The extractor called ``name``: one of ``BUNDLED``, clip:MODEL, the path of a TorchScript file, or a callable.
 
     resize: longer side for ``pixels`` (16 unless given) and external ones (their own resolution unless given).
     weights: file of Inception's weights, in place of a download. Raises ValueError for options that do not go together.
     """
     if callable(name):
         return name if isinstance(name, Extractor) else External(name, resize, device)
-    if resize is not None and name in ("patches", "inception", "dinov2"):
+    if resize is not None and (name in ("patches", *TorchFidelity.KINDS) or name.split(":")[0] == "clip"):
         own = {"patches": "works at the images' own resolution"}.get(name, "resizes by itself")
         raise ValueError(f"resize {resize} is for pixels and external extractors; {name} {own}")
     if weights is not None and name != "inception":
@@ -174,6 +238,8 @@ def extractor(
         return Pixels(16 if resize is None else resize)
     if name == "patches":
         return Patches(seed)
+    if name == "clip" or name.startswith("clip:"):
+        return Clip(*name.split(":", 1)[1:], device=device)
     if name in TorchFidelity.KINDS:
         return TorchFidelity(name, weights, device)
     if Path(name).is_file():

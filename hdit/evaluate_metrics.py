@@ -1,5 +1,6 @@
 """Distances between two sets of features, in float64: Fréchet, kernel (KID), precision and recall, density and
-coverage; and the Inception Score of class probabilities. Every function takes tensors, of whatever features."""
+coverage; the Inception Score of class probabilities; the CLIP score. Every function takes tensors of any features.
+"""
 
 import math
 from typing import NamedTuple
@@ -184,3 +185,15 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, flo
         scores.append((torch.special.entr(part.mean(0)).sum() - entropies).exp())
     scores = torch.stack(scores)
     return float(scores.mean()), float(scores.std(correction=0))
+
+
+def clip_score(images: Tensor, captions: Tensor) -> tuple[float, float]:
+    """CLIP score (Hessel et al. 2021, arXiv 2104.08718): the mean of 100 · max(cosine, 0) of the embeddings of images
+    and of their captions, and its standard error. Papers print it in percent, as here, or with the original's 2.5.
+
+    images, captions (n, d): row i of one belongs to row i of the other; n ≥ 2.
+    """
+    if images.shape != captions.shape or images.dim() != 2 or len(images) < 2:
+        raise ValueError(f"images and captions must be (n, d), got {tuple(images.shape)} and {tuple(captions.shape)}")
+    scores = 100 * torch.cosine_similarity(images.double(), captions.double()).clamp(min=0)
+    return float(scores.mean()), float(scores.std() / len(scores) ** 0.5)

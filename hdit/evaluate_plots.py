@@ -1,38 +1,51 @@
-"""The pictures of ``hdit evaluate``: spectra, and distances against the step that a checkpoint is of."""
+"""The pictures of ``hdit evaluate``: spectra, and distances against training steps and guidance."""
 
-import re
 from pathlib import Path
 
 from .evaluate_spectrum import HIGH, Spectrum
 
-
-def step_of(name: str) -> int | None:
-    """The last number in a file's name: checkpoint-00012000.safetensors is of step 12000."""
-    numbers = re.findall(r"\d+", Path(name).name.split(".")[0])
-    return int(numbers[-1]) if numbers else None
+# what samples may differ in: (title, axis, scale)
+CURVES = {
+    "step": ("Fréchet distance while training", "training step", "log"),
+    "guidance": ("Fréchet distance against guidance", "scale of classifier-free guidance", "linear"),
+}
 
 
 def draw(real: Spectrum | None, samples: dict[str, Spectrum], rows: list[dict], patch_size: int, path: Path, form: str):
-    """A panel of radially averaged spectra, where there are any; and one of Fréchet distances against the step, where
-    several samples have a number in their names."""
+    """A panel of radially averaged spectra, where there are any; and one of Fréchet distances for each of ``CURVES`` of
+    which the rows have several values. ValueError where that leaves nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = [row for row in rows if "frechet_distance" in row and step_of(row["samples"]) is not None]
+    rows = [row for row in rows if "frechet_distance" in row]
+    curves = [name for name in CURVES if len({row[name] for row in rows} - {None}) > 1]
     panels = [] if real is None else [lambda axes: spectra(axes, real, samples, patch_size)]
-    if len({row["samples"] for row in steps}) > 1:
-        panels.append(lambda axes: distances(axes, steps))
+    panels += [lambda axes, name=name: distances(axes, rows, name) for name in curves]
     if not panels:
-        raise ValueError("plot needs the metric spectrum, or frechet of several samples with a number in their names")
+        raise ValueError("plot needs the metric spectrum, or frechet of samples of several steps or guidance scales")
     figure, grid = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 5.6), layout="constrained", squeeze=False)
     for axes, panel in zip(grid[0], panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         panel(axes)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=8.5)
+    if curves:
+        figure.supxlabel("\n".join(described(rows)), x=0.02, ha="left", fontsize=8.5, color="0.3")
     figure.savefig(path, dpi=150, format=form)
     plt.close(figure)
+
+
+def described(rows: list[dict]) -> list[str]:
+    """How many images the distances are of, and what each extractor saw of them."""
+    counts = [
+        " to ".join(f"{count:,}" for count in sorted({min(own), max(own)})) + f" {what}"
+        for what, own in (
+            ("samples", [row["images"] for row in rows]),
+            ("real images", [row["real_images"] for row in rows]),
+        )
+    ]
+    return ["; ".join(counts), *dict.fromkeys(f"{row['extractor']}: resize {row['resize']}" for row in rows)]
 
 
 def spectra(axes, real: Spectrum, samples: dict[str, Spectrum], patch_size: int):
@@ -53,12 +66,29 @@ def spectra(axes, real: Spectrum, samples: dict[str, Spectrum], patch_size: int)
     axes.set_title("Radially averaged power spectrum", loc="left", weight="bold")
 
 
-def distances(axes, rows: list[dict]):
-    """Fréchet distance against the step, log-log, a line for each extractor."""
-    for name in dict.fromkeys(row["extractor"] for row in rows):
-        line = sorted((step_of(row["samples"]), row["frechet_distance"]) for row in rows if row["extractor"] == name)
-        resize = next(row["resize"] for row in rows if row["extractor"] == name)
-        axes.loglog(*zip(*line, strict=True), marker="o", label=f"{name} (resize: {resize})")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("Fréchet distance")
-    axes.set_title("Fréchet distance while training", loc="left", weight="bold")
+def distances(axes, rows: list[dict], name: str):
+    """Fréchet distance against the ``name`` of ``CURVES``: a line for each extractor, and for each value of the other
+    one. Samples without it (noise, other real images) are dotted levels in the colour of the extractor."""
+    title, label, scale = CURVES[name]
+    axes.set(xscale=scale, yscale="log", xlabel=label, ylabel="Fréchet distance")
+    (other,) = set(CURVES) - {name}
+    others = {row[other] for row in rows if row[name] is not None}
+    lines = {}
+    for row in rows:
+        if row[name] is not None:
+            key = row["extractor"] + (f", {other} {row[other]}" if len(others) > 1 else "")
+            lines.setdefault((row["extractor"], key), []).append((row[name], row["frechet_distance"]))
+    colours = {}
+    for (extractor, key), points in lines.items():
+        (line,) = axes.plot(*zip(*sorted(points), strict=True), marker="o", label=key)
+        colours.setdefault(extractor, line.get_color())
+    for row in rows:
+        if row[name] is None:
+            color, height = colours[row["extractor"]], row["frechet_distance"]
+            axes.axhline(height, linestyle=":", color=color)
+            place = {"textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 8.5}
+            text = axes.annotate(
+                Path(row["samples"]).name, (1, height), (0, 2), xycoords=("axes fraction", "data"), color=color, **place
+            )
+            text.set_in_layout(False)  # a distance of 0 is nowhere on the axis
+    axes.set_title(title, loc="left", weight="bold")

@@ -118,9 +118,11 @@ def test_how_often_and_how_much():
     expected = torch.tensor([0.5, p / 2, p, p, p, p], dtype=torch.float64)
     assert ((applied.mean(1) - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt()).all()
     full = torch.stack([draw(1.0, generator(seed)) for seed in range(count)]).double()
-    moments = full.square().mean(0)
-    # scale, shifts: 1. Rotation: E (cos − 1)² = 3/2, E sin² = 1/2. Stretch: E a² cos² = 1/2.
-    assert torch.allclose(moments[2:], torch.tensor([1, 1.5, 0.5, 0.5, 0.5, 1, 1], dtype=torch.float64), rtol=0.15)
+    # E v² and E v⁴, normal: 1, 3. E (cos − 1)² = 3/2, ⁴ = 35/8; E sin² = 1/2, ⁴ = 3/8; stretch, a cos: 1/2, 3 · 3/8.
+    second = torch.tensor([1, 3 / 2, 1 / 2, 1 / 2, 1 / 2, 1, 1], dtype=torch.float64)
+    fourth = torch.tensor([3, 35 / 8, 3 / 8, 9 / 8, 9 / 8, 3, 3], dtype=torch.float64)
+    errors = ((fourth - second**2) / count).sqrt()
+    assert ((full[:, 2:].square().mean(0) - second).abs() < 5 * errors).all()
     assert full[:, 2:].mean(0)[[0, 2, 3, 4, 5, 6]].abs().max() < 5 / count**0.5
 
 

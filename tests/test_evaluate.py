@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hdit import HDiT, data, evaluate, evaluate_images, evaluate_metrics, evaluate_plots, sample
@@ -28,6 +29,14 @@ def folder(path, count, seed=0, **size):
 
 def tensors(pictures):
     return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def random_model(seed=0):
+    torch.manual_seed(seed)
+    model = HDiT(HDiTConfig.for_resolution(16, 16, inner=Level(1, 32, attention=Global(16)), num_classes=3))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def everything(source):
@@ -99,11 +108,7 @@ def test_the_folder_of_hdit_sample(tmp_path):
 
 
 def test_a_checkpoint_is_sampled_as_its_file_says(tmp_path):
-    torch.manual_seed(0)
-    config = HDiTConfig.for_resolution(16, 16, inner=Level(1, 32, attention=Global(16)), num_classes=3)
-    model = HDiT(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    model = random_model()
     spec = {"type": "edm", "sigma_data": 0.5, "sigma_min": 0.02, "sigma_max": 20.0}
     facts = {"objective": spec, "resolution": [16, 16], "sampler": {"name": "dpmpp_2m", "steps": 3}}
     model.save_pretrained(tmp_path / "m.safetensors", **facts)
@@ -172,16 +177,68 @@ def test_spectra_alone_and_values_that_are_not_finite(tmp_path):
         evaluate.collect("mine", [torch.rand(3, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan)], [])
 
 
-def test_distances_against_the_step_are_drawn(tmp_path):
-    names = [folder(tmp_path / f"samples-{step:05d}", 8, seed=step) for step in (100, 2000)]
+def test_checkpoints_of_several_steps_with_several_guidances(tmp_path):
+    """Each is sampled with each scale; rows say which; noise and a folder without a number have neither."""
+    for step in (100, 20):
+        facts = {"resolution": [16, 16], "sampler": {"name": "dpmpp_2m", "steps": 2}, "step": step}
+        random_model(seed=step).save_pretrained(tmp_path / f"{step}.safetensors", **facts)
+    names = [str(tmp_path / f"{step}.safetensors") for step in (100, 20)]
+    own, numbered = (folder(tmp_path / name, 8, width=16) for name in ("step-7x", "a-step-0050"))
     command = Evaluate(
-        names[0], tuple(names), extractor=("pixels",), metrics=("frechet",), output=tmp_path / "x.json",
-        plot=tmp_path / "x.svg",
+        own, (*names, "noise", numbered, own), guidance=(3.0, 1.0), count=8, extractor=("pixels",), low_pass=4,
+        metrics=("frechet",), output=tmp_path / "x.json", plot=tmp_path / "x.svg",
     )  # fmt: skip
     command.run()
-    assert "<!-- training step -->" in (tmp_path / "x.svg").read_text()
-    assert evaluate_plots.step_of("runs/a7/checkpoint-00012000.safetensors") == 12000
-    assert evaluate_plots.step_of("noise") is None
+    rows = json.loads(command.output.read_text())
+    assert [(row["step"], row["guidance"]) for row in rows[::2]] == [
+        (100, 3.0), (100, 1.0), (20, 3.0), (20, 1.0), (None, None), (50, None), (None, None),
+    ]  # fmt: skip
+    assert [row["extractor"] for row in rows] == ["pixels", "pixels, low-pass 4"] * 7
+    (source,) = open_samples((names[1],), "builtin", None, 8, 0, "cpu", {"guidance": 3.0})
+    found = [
+        evaluate.collect("", each.batches(), [evaluate.extractor("pixels")])
+        for each in (open_real(own, (16, 16), None, 0), source)
+    ]
+    want = evaluate.compare(*found, ("frechet",))[0]["frechet_distance"]
+    assert rows[4]["frechet_distance"] == pytest.approx(want, rel=1e-9)
+    assert rows[4]["frechet_distance"] != pytest.approx(rows[6]["frechet_distance"], rel=1e-3)
+    drawn = command.plot.read_text()
+    assert "<!-- training step -->" in drawn and "<!-- scale of classifier-free guidance -->" in drawn
+    with pytest.raises(ValueError, match=r"guidance 3.0 needs classes"):
+        HDiT(HDiTConfig.for_resolution(16, 16, inner=Level(1, 32, attention=Global(16)))).save_pretrained(
+            tmp_path / "plain.safetensors", resolution=[16, 16]
+        )
+        open_samples((str(tmp_path / "plain.safetensors"),), own, None, 8, 0, "cpu", {}, (3.0,))
+
+
+def test_curves_are_in_order_and_apart():
+    """A line for each extractor and value of the other quantity; what has no value is a level."""
+
+    def row(samples, step, guidance, distance, extractor="pixels"):
+        return {
+            "samples": samples,
+            "step": step,
+            "guidance": guidance,
+            "frechet_distance": distance,
+            "extractor": extractor,
+        }
+
+    rows = [
+        row("b", 20, 1.0, 3.0), row("a", 10, 1.0, 5.0), row("b", 20, 2.0, 2.0), row("a", 10, 2.0, 7.0),
+        row("a", 10, 1.0, 9.0, "patches"), row("b", 20, 1.0, 8.0, "patches"), row("noise", None, None, 50.0),
+    ]  # fmt: skip
+    axes = Figure().subplots()
+    evaluate_plots.distances(axes, rows, "step")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert [lines.pop(name) for name in ("pixels, guidance 1.0", "pixels, guidance 2.0", "patches, guidance 1.0")] == [
+        [[10, 5], [20, 3]], [[10, 7], [20, 2]], [[10, 9], [20, 8]],
+    ]  # fmt: skip
+    (level,) = lines.values()
+    assert [y for _, y in level] == [50, 50]
+    axes = Figure().subplots()
+    evaluate_plots.distances(axes, rows, "guidance")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["pixels, step 20"] == [[1, 3], [2, 2]] and lines["pixels, step 10"] == [[1, 5], [2, 7]]
 
 
 def test_statistics_of_inception(tmp_path, monkeypatch):
@@ -219,8 +276,12 @@ def test_statistics_of_inception(tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"samples": ("noise",)}, "resolution must be given for samples noise"),
+        ({"low_pass": 0}, "low_pass must be at least 1, got 0"),
+        ({"low_pass": 24}, "low_pass must be smaller than images of 16×24 pixels, got 24"),
         ({"count": 5}, "count must be at least 6, got 5"),
         ({"metrics": ("inception-score",)}, "inception-score needs the extractor inception, got pixels, patches"),
+        ({"metrics": ("clip-score",)}, "clip-score needs the extractor clip, got pixels, patches"),
+        ({"caption": "a photo"}, "caption must have {} where the caption of an image goes, got 'a photo'"),
         ({"metrics": ()}, "metrics must name at least one"),
         ({"resolution": (16, 0)}, r"resolution must be positive, got \(16, 0\)"),
         ({"resolution": (8, 8)}, "samples .*own' have 16×24 pixels; the resolution is 8×8"),

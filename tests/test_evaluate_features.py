@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hdit import data, evaluate
-from hdit.evaluate_features import extractor
+from hdit.evaluate_features import LowPass, extractor
 from hdit.evaluate_images import rounded
 from hdit.evaluate_metrics import frechet_distance
 
@@ -41,6 +41,21 @@ def test_pixels_keep_what_is_coarse_and_drop_what_is_fine():
     assert small.resize == "bicubic, antialiased, longer side 4"
     own = noise(2, 3, 16, 16)
     assert torch.equal(extractor("pixels")(own, 0), own.flatten(1)[:, None])
+
+
+def test_low_pass_keeps_what_is_coarse_and_drops_what_is_fine():
+    """A wave of the image's size and one of four pixels, at full resolution, through the features of another one."""
+    x = torch.arange(64) + 0.5
+    coarse = (2 * math.pi * x / 64).cos().expand(2, 3, 64, 64) * 0.8
+    fine = (2 * math.pi * x / 4).cos().expand(2, 3, 64, 64) * 0.3
+    seen = []
+    smooth = LowPass(extractor(lambda images: seen.append(images) or images.flatten(1)), 8)
+    got = smooth(coarse + fine, 0)[:, 0].view(2, 3, 64, 64)
+    assert torch.equal(got, seen[0]) and got.dtype == torch.float32
+    assert (got - coarse)[:, :, 8:-8, 8:-8].abs().max() < 0.05, "0.8 of a wave whose samples are 8 pixels apart"
+    assert smooth.resize == "bicubic, antialiased, longer side 8, and back; then none"
+    bright = LowPass(extractor(lambda images: images.flatten(1)), 8)(torch.where(coarse > 0, 1.0, -1.0), 0)
+    assert bright.abs().max() == 1, "no overshoot, which 8 bits would wrap"
 
 
 # ---- patches ----
@@ -176,11 +191,12 @@ def test_torch_fidelity_is_given_8_bits(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
+        ("clip:x", {"resize": 8}, "resize 8 is for pixels and external extractors; clip:x resizes by itself"),
         ("patches", {"resize": 8}, "resize 8 is for pixels and external extractors; patches works at"),
         ("pixels", {"resize": 0}, "resize must be a positive integer, got 0"),
         ("pixels", {"weights": evaluate.Path("x")}, "weights 'x' are for the extractor inception, got 'pixels'"),
         ("inception", {"weights": evaluate.Path("absent")}, "weights 'absent' is not a file"),
-        ("vgg", {}, "extractor 'vgg' is unknown; accepted are pixels, patches, inception, dinov2 or a TorchScript"),
+        ("vgg", {}, "extractor 'vgg' is unknown; accepted are pixels, patches, inception, dinov2, clip or a Torch"),
     ],
 )
 def test_bad_arguments_are_named(name, options, words):

@@ -192,3 +192,14 @@ def test_inception_score():
         metrics.inception_score(p[:5])
     with pytest.raises(ValueError, match="rows of 0 or more that sum"):
         metrics.inception_score(2 * p)
+
+
+def test_clip_score_is_the_mean_positive_cosine_in_percent():
+    images = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0], [1.0, 0.0]])
+    captions = torch.tensor([[5.0, 0.0], [0.0, -1.0], [1.0, 0.0], [3.0, 4.0]])
+    score, error = metrics.clip_score(images, captions)  # 100, 0 (the cosine is −1), 70.7, 60
+    scores = np.array([100, 0, 100 / 2**0.5, 60])
+    assert score == pytest.approx(scores.mean(), rel=1e-12)
+    assert error == pytest.approx(scores.std(ddof=1) / 2, rel=1e-12)
+    with pytest.raises(ValueError, match=r"images and captions must be \(n, d\), got \(4, 2\) and \(3, 2\)"):
+        metrics.clip_score(images, captions[:3])

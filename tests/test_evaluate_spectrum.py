@@ -87,6 +87,16 @@ def test_a_grid_is_seen_at_its_patch_size(patch_size):
         assert spectrum(images + 0.3 * wave(0.21, 0.0, 64, 96)).grid_peak(patch_size) < 1.6, "a wave off the grid"
 
 
+def test_a_few_images_of_high_contrast_do_not_hide_the_grid_of_the_others():
+    pattern = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(1, 16, 16)
+    tiled = noise(60, 64, 64) + 0.1 * (pattern - pattern.mean((1, 2), keepdim=True))
+    few = 30 * noise(3, 64, 64, seed=1)
+    alone, together = (spectrum(images).grid_peak(4) for images in (tiled, torch.cat([tiled, few])))
+    assert alone > 4
+    # the others are 60 of 63; of three images alone the peak is the largest of seven with an error of 1 / √9
+    assert abs(math.log(together) - 60 / 63 * math.log(alone)) < 3 / 63 * 2
+
+
 def test_stripes_of_every_width_are_no_grid():
     """They have all their power on one axis, where its multiples are to be compared with what is beside them."""
     for axis in (2, 3):

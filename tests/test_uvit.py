@@ -215,18 +215,11 @@ def test_positions_reach_attention_and_convolutions_need_none():
 
 @pytest.mark.parametrize("downsampling", ["average", "dwt", "strided"])
 def test_gradients_equal_differences(downsampling):
-    tiny = UViTConfig(
-        levels=(
-            UViTLevel(1, 4),
-            UViTLevel(1, 8, "convolution-attention", d_head=4),
-            UViTLevel(1, 8, "transformer", d_head=4),
-        ),
-        patch_size=2,
-        downsampling=downsampling,
-        embedding_width=4,
-        num_classes=10,
-        mapping_cond_dim=6,
+    levels = tuple(
+        replace(level, depth=1, width=width, d_head=4)
+        for level, width in zip(SMALL_UVIT.levels, (4, 8, 8), strict=True)
     )
+    tiny = replace(SMALL_UVIT, levels=levels, downsampling=downsampling, embedding_width=4)
     model = build(tiny)
     x, sigma, cond = call(tiny, 8, 16, batch=1)
     names, parameters = zip(*model.named_parameters(), strict=True)
